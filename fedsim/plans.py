@@ -1,0 +1,501 @@
+"""Plans: four ways to run the same local steps of many workers, interchangeable and tested equal.
+
+* `Stacked`: layers with a worker axis (`fedsim.stacked`); for chains of affine maps and activations the
+  backward pass is written out, and plain gradient descent updates in place;
+* `Vmap`: ``torch.func`` on the module as it is; takes any functional model;
+* `Compiled`: `Vmap` through ``torch.compile``;
+* `Loop`: one worker after the other, in threads on a CPU; the reference, and the fastest for convolutions.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from clients import SGD, LocalRule, Oracle, State, Told
+from fedsim import random, tree
+from fedsim.batches import Batches
+from fedsim.objectives import Objective
+from fedsim.span import Span
+from fedsim.stacked import Chain, Unsupported, stack_module, weighted_loss
+from fedsim.tree import Stack, Tree
+
+BLOCK = 4 * 2**20
+"""Bytes of features gathered at a time: small enough for a cache, large enough to be few calls."""
+
+
+Follow = Callable[[int, Stack, slice], Stack]
+"""What is done to the rows at some positions after a step."""
+
+
+class Work(NamedTuple):
+    """Local work of m workers for one round, sorted by steps, longest first.
+
+    Attributes
+    ----------
+    anchor : Stack
+        Rows at the start of the round, leaves ``[m, *]``; not changed.
+    state : State
+        State of the local rule, leaves ``[m, *]``.
+    broadcast : dict of str to Tree
+        What the server sent.
+    x, y : Tensor
+        Features and targets of the data set.
+    batches : Batches
+        Which rows are used when.
+    worker : Tensor
+        ``[m]`` ids.
+    stream : int
+        Key of the round's uniform numbers.
+    follow : callable or None
+        ``(t, rows, positions) -> rows``: what is done to the rows at some positions after step t.
+    record : bool
+        Whether the loss of every single step is asked for.
+    """
+
+    anchor: Stack
+    state: State
+    broadcast: dict[str, Tree]
+    x: Tensor
+    y: Tensor
+    batches: Batches
+    worker: Tensor
+    stream: int
+    follow: Follow | None = None
+    record: bool = False
+
+
+class Done(NamedTuple):
+    """Result of a `Work`: rows, state, sums over the steps, ``[m]``, and where asked for all losses, ``[m, T]``."""
+
+    rows: Stack
+    state: State
+    loss: Tensor
+    gradients: Tensor
+    losses: Tensor | None = None
+
+
+def _recorder(work: Work) -> Tensor | None:
+    """Make room for the loss of every step."""
+    shape = len(work.worker), len(work.batches.active)
+    return torch.zeros(shape, dtype=torch.float64, device=work.worker.device) if work.record else None
+
+
+class Plan(Protocol):
+    """A way to run a `Work`."""
+
+    def run(self, work: Work) -> Done:
+        """Make all steps of all workers."""
+        ...
+
+
+class Batch(NamedTuple):
+    """One step's minibatches: ``[a, B, *]``, ``[a, B, ...]`` and weights ``[a, B]`` (None if all equal)."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor | None
+
+
+def _weights(batches: Batches, dtype: torch.dtype) -> Tensor | None:
+    """Weights ``[T, m, B]`` of the entries: 1 / count for valid ones, 0 for padding."""
+    if batches.valid is None:
+        return None
+    count = batches.valid.T[..., None]  # [T, m, 1]
+    place = torch.arange(batches.rows.shape[-1], device=count.device)
+    return (place < count).to(dtype) / count.clamp(min=1)
+
+
+class _Feed:
+    """Gathers minibatches, several steps at a time; full batches once for as long as workers stay the same."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._full: tuple[Tensor, Batch] | None = None
+
+    def steps(self, work: Work) -> Iterator[tuple[int, Batch]]:
+        """Yield for every step the number of active workers and their minibatches."""
+        batches = work.batches
+        rows = batches.rows.transpose(0, 1)  # [T, m, B]
+        if rows.shape[0] == 1:
+            yield from self._same(work, rows[0])
+            return
+        weight = _weights(batches, self.dtype)
+        size = rows[0].numel() * work.x[0].numel() * work.x.element_size()
+        block = max(1, BLOCK // max(1, size))
+        for first in range(0, len(batches.active), block):
+            a = batches.active[first]
+            index = rows[first : first + block, :a]
+            x, y = _gather(work.x, index), _gather(work.y, index)
+            for t in range(first, min(first + block, len(batches.active))):
+                a, i = batches.active[t], t - first
+                yield a, Batch(x[i, :a], y[i, :a], None if weight is None else weight[t, :a])
+
+    def _same(self, work: Work, rows: Tensor) -> Iterator[tuple[int, Batch]]:
+        """Yield one minibatch for all steps."""
+        if self._full is None or self._full[0] is not work.batches.rows:
+            weight = _weights(work.batches, self.dtype)
+            batch = Batch(_gather(work.x, rows), _gather(work.y, rows), None if weight is None else weight[0])
+            self._full = (work.batches.rows, batch)
+        full = self._full[1]
+        for a in work.batches.active:
+            if a == len(rows):
+                yield a, full
+            else:
+                yield a, Batch(full.x[:a], full.y[:a], None if full.weight is None else full.weight[:a])
+
+
+def _gather(data: Tensor, index: Tensor) -> Tensor:
+    return data.index_select(0, index.reshape(-1)).view(*index.shape, *data.shape[1:])
+
+
+class _Batched(ABC):
+    """Plans that make one step of all active workers at a time.
+
+    Parameters
+    ----------
+    rule : LocalRule
+        What a worker does in a step.
+    dtype : torch.dtype
+        Of parameters and features.
+    """
+
+    def __init__(self, rule: LocalRule, dtype: torch.dtype) -> None:
+        self.rule = rule
+        self.feed = _Feed(dtype)
+
+    @abstractmethod
+    def step(self, theta: Stack, state: State, work: Work, u: Tensor, t: Tensor, batch: Batch) -> Any:
+        """Make one step of the first a workers; returns rows, state and what they told, ``[a]``."""
+
+    def run(self, work: Work) -> Done:
+        """Make all steps; workers that have finished are cut off and stay as they are."""
+        m, total = len(work.worker), len(work.batches.active)
+        theta, state = tree.clone(work.anchor), work.state
+        times = torch.arange(total, device=work.worker.device)
+        u = random.uniform(work.stream, times[:, None], work.worker).to(self.feed.dtype)
+        loss = torch.zeros(m, dtype=torch.float64, device=work.worker.device)
+        gradients, losses = torch.zeros_like(loss), _recorder(work)
+        even = work.batches.active[-1] == m
+        if not even:
+            state = tree.map_nested(torch.clone, state)
+        for t, (a, batch) in enumerate(self.feed.steps(work)):
+            part, kept, inputs = theta, state, work
+            if a < m:
+                part = tree.take(theta, slice(a))
+                kept = tree.map_nested(lambda x, a=a: x[:a], state)
+                inputs = work._replace(anchor=tree.take(work.anchor, slice(a)))
+            new, new_state, told = self.step(part, kept, inputs, u[t, :a], times[t], batch)
+            if work.follow is not None:
+                new = work.follow(t, new, slice(a))
+            loss[:a] += told.loss
+            if losses is not None:
+                losses[:a, t] = told.loss
+            gradients[:a] += told.gradients
+            if even:
+                theta, state = new, new_state
+            else:
+                _overwrite(part, new)
+                _overwrite(tree.flatten_nested(kept), tree.flatten_nested(new_state))
+        # Gradients of autograd may be transposed, and so would be what was made of them.
+        contiguous = torch.Tensor.contiguous
+        return Done(
+            tree.map_nested(contiguous, theta), tree.map_nested(contiguous, state), loss, gradients, losses
+        )
+
+
+def _overwrite(old: Stack, new: Stack) -> None:
+    for k, x in new.items():
+        if x is not old[k]:
+            old[k].copy_(x)
+
+
+class Stacked(_Batched):
+    """Layers with a worker axis; the local rule itself is batched by ``torch.vmap``.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The model.
+    objective : Objective
+        What is minimised.
+    rule : LocalRule
+        What a worker does in a step.
+    dtype : torch.dtype
+        Of parameters and features.
+
+    Raises
+    ------
+    Unsupported
+        If the model has a layer without a form with a worker axis.
+    """
+
+    def __init__(self, module: nn.Module, objective: Objective, rule: LocalRule, dtype: torch.dtype) -> None:
+        super().__init__(rule, dtype)
+        self.objective = objective
+        try:
+            self.chain: Chain | None = Chain(module)
+        except Unsupported:
+            self.chain = None
+        self.apply = stack_module(module)
+        # A subclass of SGD may make another step.
+        self.plain = self.chain is not None and type(rule) is SGD and not (rule.momentum or rule.weight_decay)
+        self.span = None if self.chain is None else Span(self.chain, objective, rule)
+
+    def run(self, work: Work) -> Done:
+        """Make all steps, in place where the rule is plain gradient descent on a chain."""
+        done = self._in_span(work)
+        if done is not None:
+            return done
+        return self._descend(work) if self.plain else super().run(work)
+
+    def _in_span(self, work: Work) -> Done | None:
+        """Make all steps on the same rows, if they can be made within their span."""
+        even = work.follow is None and not work.record and work.batches.active[-1] == len(work.worker)
+        if self.span is None or not even or work.batches.rows.shape[1] > 1:
+            return None
+        total = len(work.batches.active)
+        _, batch = next(self.feed.steps(work))
+        if not self.span.fits(batch.x, total):
+            return None
+        rows, loss = self.span.descend(work.anchor, batch.x, batch.y, batch.weight, total)
+        return Done(rows, work.state, loss, work.batches.steps.to(loss))
+
+    def _descend(self, work: Work) -> Done:
+        assert self.chain is not None
+        assert isinstance(self.rule, SGD)
+        m = len(work.worker)
+        theta = tree.clone(work.anchor)
+        loss, losses = torch.zeros(m, dtype=torch.float64, device=work.worker.device), _recorder(work)
+        for t, (a, batch) in enumerate(self.feed.steps(work)):
+            part = theta if a == m else tree.take(theta, slice(a))
+            output, inputs = self.chain.forward(part, batch.x)
+            value, delta = self._loss_and_delta(output, batch)
+            loss[:a] += value
+            self.chain.descend(part, inputs, delta, self.rule.lr)
+            if losses is not None:
+                losses[:a, t] = value
+            if work.follow is not None:
+                _overwrite(part, work.follow(t, part, slice(a)))
+        return Done(theta, work.state, loss, work.batches.steps.to(loss), losses)
+
+    def _loss_and_delta(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each worker's mean loss ``[a]`` and its derivative by the outputs."""
+        loss, residual = self.objective.loss_and_residual(output, batch.y)
+        if batch.weight is None:
+            return loss.mean(1), residual.div_(loss.shape[1])
+        weight = batch.weight.view(*batch.weight.shape, *(1,) * (residual.ndim - 2))
+        return (loss * batch.weight).sum(1), residual.mul_(weight)
+
+    def gradient(self, rows: Stack, batch: Batch) -> tuple[Stack, Tensor]:
+        """Return each worker's gradient and loss at ``rows``."""
+        if self.chain is not None:
+            output, inputs = self.chain.forward(rows, batch.x)
+            loss, delta = self._loss_and_delta(output, batch)
+            return self.chain.gradient(rows, inputs, delta), loss
+        with torch.enable_grad():
+            leaves = {k: x.detach().requires_grad_() for k, x in rows.items()}
+            loss = weighted_loss(self.objective, self.apply(leaves, batch.x), batch.y, batch.weight)
+            gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        return dict(zip(rows, gradients, strict=True)), loss.detach()
+
+    def step(self, theta: Stack, state: State, work: Work, u: Tensor, t: Tensor, batch: Batch) -> Any:
+        """Make one step; the rule's calls of ``oracle.grad`` come back here with all workers at once."""
+
+        def gradient(rows: Stack) -> tuple[Stack, Tensor]:
+            return self.gradient(rows, batch)
+
+        def one(
+            theta: Tree, state: State, anchor: Tree, u: Tensor, x: Tensor, y: Tensor
+        ) -> tuple[Tree, State, Told]:
+            def grad(at: Tree) -> tuple[Tree, Tensor]:
+                *leaves, loss = _AllWorkers.apply(gradient, tuple(at), u, *at.values())
+                return dict(zip(at, leaves, strict=True)), loss
+
+            return self.rule.step(theta, state, Oracle(grad, anchor, work.broadcast, t, u, (x, y)))
+
+        return vmap(one)(theta, state, work.anchor, u, batch.x, batch.y)
+
+
+class _AllWorkers(torch.autograd.Function):
+    """The gradient as an opaque operation: under ``vmap`` it is called once, with the rows of all workers."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(gradient: Callable, names: tuple[str, ...], u: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """Never reached: ``u`` is batched, so `vmap` is called."""
+        raise RuntimeError("a local rule asked for a gradient outside of its step")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing: nobody differentiates through a gradient."""
+
+    @staticmethod
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride] - as torch documents it
+        info: Any, in_dims: tuple, gradient: Callable, names: tuple[str, ...], u: Tensor, *leaves: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Compute the gradient of all workers at once."""
+        rows = {}
+        for k, x, d in zip(names, leaves, in_dims[3:], strict=True):
+            rows[k] = x.expand(info.batch_size, *x.shape).clone() if d is None else x.movedim(d, 0)
+        gradients, loss = gradient(rows)
+        out = (*gradients.values(), loss)
+        return out, (0,) * len(out)
+
+
+class Vmap(_Batched):
+    """One worker's step, batched as a whole by ``torch.vmap``.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The model.
+    objective : Objective
+        What is minimised.
+    rule : LocalRule
+        What a worker does in a step.
+    dtype : torch.dtype
+        Of parameters and features.
+    """
+
+    def __init__(self, module: nn.Module, objective: Objective, rule: LocalRule, dtype: torch.dtype) -> None:
+        super().__init__(rule, dtype)
+
+        def loss(theta: Tree, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+            return (objective.loss(functional_call(module, theta, (x,)), y) * weight).sum()
+
+        self.grad = grad_and_value(loss)
+        self.batched = self.step_all
+
+    def step_all(
+        self,
+        theta: Stack,
+        state: State,
+        anchor: Stack,
+        broadcast: dict[str, Tree],
+        u: Tensor,
+        t: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+    ) -> Any:
+        """Make one step of all workers; all arguments are tensors, so that it can be compiled."""
+
+        def one(
+            theta: Tree, state: State, anchor: Tree, u: Tensor, x: Tensor, y: Tensor, weight: Tensor
+        ) -> tuple[Tree, State, Told]:
+            oracle = Oracle(lambda at: self.grad(at, x, y, weight), anchor, broadcast, t, u, (x, y))
+            return self.rule.step(theta, state, oracle)
+
+        return vmap(one)(theta, state, anchor, u, x, y, weight)
+
+    def step(self, theta: Stack, state: State, work: Work, u: Tensor, t: Tensor, batch: Batch) -> Any:
+        """Make one step."""
+        weight = batch.weight
+        if weight is None:
+            size = batch.x.shape[1]
+            weight = torch.full((len(u), size), 1 / size, dtype=self.feed.dtype, device=u.device)
+        return self.batched(theta, state, work.anchor, work.broadcast, u, t, batch.x, batch.y, weight)
+
+
+class Compiled(Vmap):
+    """`Vmap` through ``torch.compile``; needs a C++ compiler on the machine and seconds at the start."""
+
+    def __init__(self, module: nn.Module, objective: Objective, rule: LocalRule, dtype: torch.dtype) -> None:
+        super().__init__(module, objective, rule, dtype)
+        self.batched = torch.compile(self.step_all, dynamic=True)
+
+
+class Loop:
+    """One worker after the other, each for all of its steps; on a CPU in as many threads as torch uses.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The model.
+    objective : Objective
+        What is minimised.
+    rule : LocalRule
+        What a worker does in a step.
+    dtype : torch.dtype
+        Of parameters and features.
+    """
+
+    def __init__(self, module: nn.Module, objective: Objective, rule: LocalRule, dtype: torch.dtype) -> None:
+        self.module, self.objective, self.rule, self.dtype = module, objective, rule, dtype
+
+    def run(self, work: Work) -> Done:
+        """Make all steps of each worker."""
+        m = len(work.worker)
+        times = torch.arange(len(work.batches.active), device=work.worker.device)
+        u = random.uniform(work.stream, times[:, None], work.worker).to(self.dtype)
+        if work.batches.valid is not None:  # read step by step, on the host
+            work = work._replace(batches=work.batches._replace(valid=work.batches.valid.cpu()))
+        threads = min(m, torch.get_num_threads()) if work.x.device.type == "cpu" else 1
+        if threads == 1:
+            done = self._some(work, u, range(m))
+        else:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                parts = [range(i, m, threads) for i in range(threads)]
+                done = [d for part in pool.map(lambda p: self._some(work, u, p), parts) for d in part]
+        results = dict(done)
+        ordered = [results[i] for i in range(m)]
+        return Done(
+            tree.stack([d.rows for d in ordered]),
+            tree.unflatten_nested(tree.stack([tree.flatten_nested(d.state) for d in ordered])),
+            torch.stack([d.loss for d in ordered]),
+            torch.stack([d.gradients for d in ordered]),
+            torch.stack([d.losses for d in ordered if d.losses is not None]) if work.record else None,
+        )
+
+    def _some(self, work: Work, u: Tensor, positions: range) -> list[tuple[int, Done]]:
+        module = copy.deepcopy(self.module)  # functional_call swaps parameters: one module a thread
+        return [(i, self._one(module, work, u, i)) for i in positions]
+
+    def _one(self, module: nn.Module, work: Work, u: Tensor, i: int) -> Done:
+        batches = work.batches
+        theta, state = tree.take(work.anchor, i), tree.map_nested(lambda x: x[i], work.state)
+        anchor = theta
+        loss = torch.zeros((), dtype=torch.float64, device=u.device)
+        gradients = torch.zeros_like(loss)
+        losses = torch.zeros(len(batches.active), dtype=torch.float64, device=u.device)
+        for t in range(int(batches.steps[i])):
+            index = batches.rows[i, min(t, batches.rows.shape[1] - 1)]
+            if batches.valid is not None:
+                index = index[: int(batches.valid[i, min(t, batches.rows.shape[1] - 1)])]
+            x, y = work.x[index], work.y[index]
+
+            def grad(at: Tree, x: Tensor = x, y: Tensor = y) -> tuple[Tree, Tensor]:
+                with torch.enable_grad():
+                    leaves = {k: v.detach().requires_grad_() for k, v in at.items()}
+                    value = self.objective.loss(functional_call(module, leaves, (x,)), y).mean()
+                    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+                return dict(zip(leaves, found, strict=True)), value.detach()
+
+            step = torch.tensor(t, device=u.device)
+            theta, state, told = self.rule.step(
+                theta, state, Oracle(grad, anchor, work.broadcast, step, u[t, i], (x, y))
+            )
+            loss += told.loss
+            losses[t] = told.loss
+            gradients += told.gradients
+            if work.follow is not None:
+                new = work.follow(t, tree.tree_map(lambda x: x[None], theta), slice(i, i + 1))
+                theta = tree.take(new, 0)
+        return Done(theta, state, loss, gradients, losses)
+
+
+PLANS: dict[str, Callable[[nn.Module, Objective, LocalRule, torch.dtype], Plan]] = {
+    "stacked": Stacked,
+    "vmap": Vmap,
+    "compiled": Compiled,
+    "loop": Loop,
+}

@@ -1,0 +1,23 @@
+"""Probes: what to measure in a round."""
+
+from fedsim.probes.base import Clock, Memory, Probe, Snapshot
+from fedsim.probes.bias import Bias
+from fedsim.probes.direction import Direction
+from fedsim.probes.disagreement import Disagreement
+from fedsim.probes.leaders import Leaders
+from fedsim.probes.normalised_margin import NormalisedMargin
+from fedsim.probes.workers import Drift, WorkerLoss
+
+__all__ = [
+    "Bias",
+    "Clock",
+    "Direction",
+    "Disagreement",
+    "Drift",
+    "Leaders",
+    "Memory",
+    "NormalisedMargin",
+    "Probe",
+    "Snapshot",
+    "WorkerLoss",
+]

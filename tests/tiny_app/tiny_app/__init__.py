@@ -1,0 +1,1 @@
+"""Smallest Flower app."""
