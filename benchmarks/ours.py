@@ -22,14 +22,20 @@ def train_and_evaluate(file: Path, rounds: int, device: str) -> Trained:
     return _run(file, rounds, device, eval_every=1)
 
 
-def _run(file: Path, rounds: int, device: str, eval_every: int) -> Trained:
+def train_with_flowers_strategy(file: Path, rounds: int, device: str) -> Trained:
+    """Run the workload with the averaging that ships with Flower, which sees a message a worker."""
+    return _run(file, rounds, device, eval_every=0, strategy="flwr.FedAvg()")
+
+
+def _run(file: Path, rounds: int, device: str, eval_every: int, strategy: str = "FedAvg()") -> Trained:
     ends: list[float] = []
 
     def note(snapshot: Snapshot, experiment: fedsim.Experiment) -> None:
         ends.append(time.monotonic())
 
     with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
-        changes = {"rounds": rounds, "device": device, "eval-every": eval_every, "out": f"{folder}/run"}
+        changes = {"rounds": rounds, "device": device, "eval-every": eval_every, "strategy": strategy}
+        changes["out"] = f"{folder}/run"
         experiment = workloads()[Problem.load(file).name].experiment.replace(changes)
         run = fedsim.run(experiment, progress=note)
     model = {k: v.cpu().numpy() for k, v in run.model.items()}

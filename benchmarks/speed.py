@@ -81,6 +81,9 @@ IMPLEMENTATIONS = {
     "fedsim-eval": Implementation(
         "fedsim, evaluated every round", "ours:train_and_evaluate", "fedsim", sleeps=True, once=True
     ),
+    "fedsim-flwr": Implementation(
+        "fedsim, Flower's FedAvg", "ours:train_with_flowers_strategy", "fedsim", sleeps=True, once=True
+    ),
     "hand": Implementation("batched by hand (limit)", "hand:train", "torch", sleeps=True),
     "loop": Implementation("plain PyTorch loop", "loop:train", "torch", rounds=0.2, single=True),
     "fedjax": Implementation("FedJAX", "peers.fed_jax:train", "fedjax", rounds=0.2, peer=True, torch=False),
@@ -140,7 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 ...")
     parser.add_argument("--workloads", default="A,B,C")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="of all but stock Flower and fedsim-eval, which run once"
+        "--repeats", type=int, default=3, help="of all but stock Flower and fedsim's variants, which run once"
     )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="and cores used")
     parser.add_argument("--only", default="", help=f"some of {','.join(IMPLEMENTATIONS)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from fedsim.tree import Tree
 
 State = dict[str, Any]
 """What a rule remembers between steps: nested dictionaries with tensors as leaves."""
+
+
+Part = Literal["all", "even", "odd"]
+"""Rows of a batch: all, or those at even or odd places."""
+
+
+def _no_slope(theta: Tree, part: Part) -> tuple[Tree, Tensor]:
+    raise ValueError("this oracle gives gradients of the loss alone, no slopes")
 
 
 class Oracle(NamedTuple):
@@ -32,6 +40,9 @@ class Oracle(NamedTuple):
     batch : tuple of Tensor
         Features and targets of this step's batch, for rules that need more than gradients. Plans that batch workers
         fill up short batches by repeating rows, which weigh nothing in ``grad``; the plan ``loop`` does not.
+    slope : callable
+        ``(theta, part) -> (gradient of D, D)`` with ``D = d/ds R(s z)`` at ``s = 1``, R the mean loss over all rows of this
+        step's batch or every second one, z their outputs (see `fedsim.invariance`).
     """
 
     grad: Callable[[Tree], tuple[Tree, Tensor]]
@@ -40,6 +51,7 @@ class Oracle(NamedTuple):
     step: Tensor
     u: Tensor
     batch: tuple[Tensor, ...] = ()
+    slope: Callable[[Tree, Part], tuple[Tree, Tensor]] = _no_slope
 
 
 class Told(NamedTuple):

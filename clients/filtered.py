@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clients.base import LocalRule, Oracle, State, Told
 from clients.sgd import SGD
+from fedsim import tree
 from fedsim.tree import Tree
 
 
@@ -18,7 +19,12 @@ class Filtered:
 
     The rows of Q^T are the channel ``basis`` of the broadcast, leaves ``[q, *]``, orthonormal; a basis
     without rows leaves gradients as they are. With worker-average gaps (see ``GapFilter``) this is the gap
-    filter; with dominant Hessian eigenvectors it is Bulk-SGD and, with ``keep``, Dom-SGD.
+    filter; with dominant Hessian eigenvectors (see ``DominantFilter``) it is Bulk-SGD and, with ``keep``, Dom-SGD.
+
+    If the channel is called ``raw_basis`` (``GapFilter(source='raw')``), the worker walks the same filtered path and tells
+    the unfiltered steps: its row is ``theta = anchor - eta sum_s g_s`` for SGD, and gradients are
+    taken where it really is, at ``anchor + (I - Q Q^T)(theta - anchor)``. For SGD without weight decay
+    both are one walk; other rules see unfiltered gradients, and their whole step is filtered.
 
     Parameters
     ----------
@@ -40,7 +46,7 @@ class Filtered:
         return self.inner.init(theta)
 
     def step(self, theta: Tree, state: State, oracle: Oracle) -> tuple[Tree, State, Told]:
-        """Make one inner step with filtered gradients.
+        """Make one inner step with filtered gradients, or unfiltered ones along the filtered path.
 
         Parameters
         ----------
@@ -49,7 +55,7 @@ class Filtered:
         state : dict
             The inner rule's.
         oracle : Oracle
-            With the channel ``basis`` in its broadcast.
+            With the channel ``basis`` or ``raw_basis`` in its broadcast.
 
         Returns
         -------
@@ -59,21 +65,27 @@ class Filtered:
         Raises
         ------
         ValueError
-            If the server sends no basis.
+            If the server sends no basis, or one for raw steps and ``keep`` is set.
         """
-        if "basis" not in oracle.broadcast:
+        raw = "raw_basis" in oracle.broadcast
+        if not raw and "basis" not in oracle.broadcast:
             raise ValueError(
                 "Filtered: the strategy sends no channel 'basis'; use for instance GapFilter(FedAvg())"
             )
-        basis = oracle.broadcast["basis"]
+        if raw and self.keep:
+            raise ValueError("Filtered: keep = True must be False for GapFilter(source='raw')")
+        basis = oracle.broadcast["raw_basis" if raw else "basis"]
         if not len(next(iter(basis.values()))):
             return self.inner.step(theta, state, oracle)
 
-        def grad(x: Tree) -> tuple[Tree, Tensor]:
+        def filtered(x: Tree) -> tuple[Tree, Tensor]:
             gradient, loss = oracle.grad(x)
             return project(gradient, basis, self.keep), loss
 
-        return self.inner.step(theta, state, oracle._replace(grad=grad))
+        def on_the_path(x: Tree) -> tuple[Tree, Tensor]:
+            return oracle.grad(tree.add(oracle.anchor, project(tree.sub(x, oracle.anchor), basis, False)))
+
+        return self.inner.step(theta, state, oracle._replace(grad=on_the_path if raw else filtered))
 
 
 def project(gradient: Tree, basis: Tree, keep: bool) -> Tree:

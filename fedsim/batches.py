@@ -168,11 +168,14 @@ class Sampler:
         first = self.offsets[workers - self.first]
         size = self.offsets[workers - self.first + 1] - first
         steps = self.steps(size) if given is None else given
-        order = torch.argsort(steps, descending=True, stable=True)
-        steps, first, size = steps[order], first[order], size[order]
-        total = int(steps[0])
-        # active[t] = number of workers with more than t steps
-        active = np.searchsorted(-steps.numpy(), -np.arange(total), side="left").tolist()
+        total = int(steps.max())
+        if bool((steps == total).all()):
+            order, active = torch.arange(len(workers)), [len(workers)] * total
+        else:
+            order = torch.argsort(steps, descending=True, stable=True)
+            steps, first, size = steps[order], first[order], size[order]
+            # active[t] = number of workers with more than t steps
+            active = np.searchsorted(-steps.numpy(), -np.arange(total), side="left").tolist()
         offset, device_size = first.to(self.device), size.to(self.device)
         worker = workers[order].to(self.device)
         base = _Layout(order, steps, active, worker, offset, device_size)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 AXES = {
     "round": "round",
+    "local_steps": "local steps of all workers",
     "gradients": "gradients computed",
     "bytes": "bytes sent and received",
     "sim_time": "simulated time",

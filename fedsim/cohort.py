@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from clients import LocalRule, Projection, State
+from clients import LocalRule, LossNormalised, Projection, State
 from fedsim import random, tree
 from fedsim.batches import Sampler, Sampling
 from fedsim.experiment import BadInput, Experiment
 from fedsim.federation import DTYPES, Federation
-from fedsim.plans import PLANS, Done, Follow, Plan, Stacked, Work
+from fedsim.plans import PLANS, Cut, Done, Follow, Plan, Stacked, Work
 from fedsim.scores import Scorer
 from fedsim.stacked import Unsupported
+from fedsim.step_sizes import settle
 from fedsim.tree import Stack, Tree
 from strategies import Broadcast, Report
 
@@ -82,7 +85,11 @@ class Cohort:
     def __init__(self, experiment: Experiment, federation: Federation, first: int, last: int) -> None:
         self.experiment, self.federation = experiment, federation
         self.first, self.last = first, last
-        self.rule, self.strategy = experiment.parts.client, experiment.parts.strategy
+        self.strategy = experiment.parts.strategy
+        try:
+            self.rule = settle(experiment, federation)
+        except ValueError as error:
+            raise BadInput(f"client = {experiment.client!r}: {error}") from None
         self.device = next(iter(federation.theta.values())).device
         sampling = Sampling(
             experiment.batch_size,
@@ -103,6 +110,7 @@ class Cohort:
         self.scorer = Scorer(experiment, federation, first, last) if scored else None
         self.plan: Plan | None = None
         self.use_plan(experiment.plan)
+        self.remembers = bool(self.rule.init(federation.theta))
         self.rows: Stack | None = None
         self.state: State | None = None
 
@@ -114,7 +122,7 @@ class Cohort:
         Parameters
         ----------
         round : int
-            Round, from 1; in round 0 workers tell their scores and stay where they are.
+            Round, from 1; in round 0 workers tell their scores, or what they are asked, and stay where they are.
         workers : Tensor
             Ids of the participants, ascending, all of this cohort.
         broadcast : Broadcast
@@ -129,7 +137,7 @@ class Cohort:
         """
         if self.strategy.keeps_rows and self.rows is None:
             self.rows = self._everywhere()
-        if round == 0:
+        if round == 0 and not self.strategy.asks:
             return self._rank(workers)
         if self.strategy.keeps_state and self.state is None:
             self.state = torch.vmap(self.rule.init)(self._everywhere())
@@ -145,9 +153,11 @@ class Cohort:
     def _chunk(self, round: int, workers: Tensor, broadcast: Broadcast, upload: str) -> Trained:
         m, e = len(workers), self.experiment
         granted = e.parts.schedule.steps(e, round)
+        if round == 0:
+            granted = torch.ones(e.num_workers, dtype=torch.int64)
         batches = self.sampler.draw(round, workers, None if granted is None else granted[workers])
         order = batches.order.to(self.device)
-        identity = bool((batches.order[1:] > batches.order[:-1]).all())
+        identity = batches.active[-1] == m  # all make as many steps: sorting them changed nothing
         ids = workers.to(self.device)
         local = ids - self.first
 
@@ -161,9 +171,10 @@ class Cohort:
             whole = m == self.last - self.first
             anchor = self.rows if whole and identity else tree.take(self.rows, sort(local))
         else:
-            anchor = tree.replicate(broadcast["model"], m)
+            # A view of one row: plans copy what they change.
+            anchor = tree.tree_map(lambda x: x.expand(m, *x.shape), broadcast["model"])
         if self.state is None:
-            state = torch.vmap(self.rule.init)(anchor)
+            state = torch.vmap(self.rule.init)(anchor) if self.remembers else {}
         else:
             state = tree.map_nested(lambda x: x[sort(local)], self.state)
         work = Work(
@@ -177,24 +188,31 @@ class Cohort:
             random.key(e.seed, "steps", round),
             self._follow(anchor, broadcast, sort(ids)),
             self.scorer is not None and self.scorer.records,
+            self._cut(round),
         )
         done = self._run(work)
         rows = tree.tree_map(restore, done.rows)
-        steps = torch.empty_like(batches.steps).index_copy_(0, batches.order, batches.steps)
-        # One number a worker that is finite exactly if the loss and all parameters are (or nearly overflow).
-        total = restore(done.loss)
-        for leaf in rows.values():
-            total = total + leaf.reshape(m, -1).sum(1)
-        # The only moment of a round at which the host waits for the device.
-        loss, gradients, total = torch.stack([restore(done.loss), restore(done.gradients), total]).cpu()
-        finite = torch.isfinite(total)
+        steps = batches.steps
+        if not identity:
+            steps = torch.empty_like(steps).index_copy_(0, batches.order, steps)
         weight = self.strategy.weight(self.sizes[workers - self.federation.first])
-        report = Report(workers, loss / steps, weight, steps, gradients.to(torch.int64))
+        # A mean is finite only if all rows are, and a sum only if all that is in it is (or nearly overflows).
+        averaged = upload == "mean" and not self.strategy.carries
+        mean = tree.mean(rows, weight.to(self.device)) if averaged else None
+        total = _sums(rows) if mean is None else torch.stack([x.sum() for x in mean.values()]).sum()
+        sums = [done.loss, done.gradients] if done.idle is None else [done.loss, done.gradients, done.idle]
+        # The only moment of a round at which the host waits for the device.
+        loss, gradients, *idle, total = torch.stack([*map(restore, sums), restore(done.loss) + total]).cpu()
+        counts = [x.to(torch.int64) for x in (gradients, *idle)]
+        report = Report(workers, loss / steps, weight, steps, *counts)
         after = {} if self.state is None else tree.map_nested(restore, tree.flatten_nested(done.state))
         losses = None if done.losses is None else restore(done.losses).cpu()
         excluded: list[int] = []
-        if not bool(finite.all()):  # the others keep the row and the state that they had
+        finite = torch.ones_like(workers, dtype=torch.bool)
+        if not math.isfinite(total.sum().item()):  # find out whose row it is
+            mean, finite = None, torch.isfinite(loss + _sums(rows).cpu())
             excluded = workers[~finite].tolist()
+        if excluded:  # the others keep the row and the state that they had
             good = finite.to(self.device)
             rows, after, local = tree.take(rows, good), tree.take(after, good), local[good]
             report = Report(*(x[finite] for x in report))
@@ -208,24 +226,31 @@ class Cohort:
             self.rows = _put(self.rows, rows, local)
         if self.state is not None:
             self.state = tree.unflatten_nested(_put(tree.flatten_nested(self.state), after, local))
+        if self.strategy.carries:
+            rows = rows | {k: x for k, x in after.items() if k.partition("/")[0] in self.strategy.carries}
         if upload == "mean" and len(report.worker):
-            rows, told = _group(rows, report)
+            rows, told = _group(rows, report, mean)
             return Trained(rows, told, report, excluded)
         before = tree.tree_map(restore, anchor)
         before = tree.take(before, finite) if excluded else before
         return Trained({} if upload == "reports" else rows, told, report, excluded, before)
+
+    def _cut(self, round: int) -> Cut | None:
+        """Draw other parts of the pictures in each round, where the data wish for it."""
+        cuts = self.federation.dataset.cuts
+        return None if cuts is None else partial(cuts.cut, random.key(self.experiment.seed, "cuts", round))
 
     def _follow(self, anchor: Stack, broadcast: Broadcast, ids: Tensor) -> Follow | None:
         """Batch the strategy's part of local steps."""
         when, period = self.strategy.follows, self.experiment.local_steps
         if when == "never":
             return None
-        batched = torch.vmap(self.strategy.follow, in_dims=(0, 0, None, 0, None))
+        batched = self.strategy.follower(anchor, broadcast, ids, period)
 
-        def follow(t: int, rows: Stack, at: slice) -> Stack:
-            if t and when == "first":
+        def follow(t: int, rows: Stack, at: slice, own: bool) -> Stack:
+            if (t and when == "first") or (isinstance(when, int) and t != when - 1):
                 return rows
-            return batched(rows, tree.take(anchor, at), broadcast, ids[at], period)
+            return batched(rows if own else tree.clone(rows), at)
 
         return follow
 
@@ -343,7 +368,7 @@ class Cohort:
     def _fastest(self, work: Work) -> tuple[str, Plan]:
         """Choose a plan: chains of affine maps are always best stacked, others are timed for two steps."""
         e, f = self.experiment, self.federation
-        if isinstance(self.rule, Projection):  # no batched form
+        if isinstance(self.rule, Projection | LossNormalised):  # no batched form
             return "loop", PLANS["loop"](f.module, f.objective, self.rule, DTYPES[e.dtype])
         candidates: dict[str, Plan] = {}
         try:
@@ -384,7 +409,8 @@ class Cohort:
         batch = e.batch_size or int(self.sizes[workers - f.first].max())
         features = f.dataset.x[0].numel() * batch * 3
         per_worker = element * (6 * tree.num_parameters(f.theta) + features)
-        yield from workers.split(max(1, int(memory_budget(self.device) // per_worker)))
+        fitting = max(1, int(memory_budget(self.device) // per_worker))
+        yield from (workers,) if len(workers) <= fitting else workers.split(fitting)
 
 
 def memory_budget(device: torch.device) -> int:
@@ -438,16 +464,23 @@ def _put(kept: Stack, rows: Stack, local: Tensor) -> Stack:
     return {k: kept[k].index_copy(0, local, x) for k, x in rows.items()}
 
 
-def _group(rows: Stack, report: Report) -> tuple[Stack, Report]:
+def _sums(rows: Stack) -> Tensor:
+    """Add up each worker's parameters, ``[m]`` float64."""
+    return torch.stack([x.reshape(len(x), -1).sum(1).double() for x in rows.values()]).sum(0)
+
+
+def _group(rows: Stack, report: Report, mean: Tree | None = None) -> tuple[Stack, Report]:
     """Replace rows by their weighted mean, and their report by one entry that stands for all."""
     total = report.weight.sum()
-    mean = tree.mean(rows, report.weight.to(next(iter(rows.values())).device))
+    if mean is None:
+        mean = tree.mean(rows, report.weight.to(next(iter(rows.values())).device))
     told = Report(
         report.worker[:1],
         ((report.loss * report.weight).sum() / total)[None],
         total[None],
         report.steps.max()[None],
         report.gradients.sum()[None],
+        report.idle.sum()[None],
     )
     return tree.tree_map(lambda x: x[None], mean), told
 

@@ -14,7 +14,7 @@ import tomli_w
 from fedsim import pages, runs
 from fedsim.groups import Group, group, leading, load, meaning, present, summarise
 from fedsim.overlays import overlays
-from fedsim.results import BETTER, NAMES, final, plus_minus
+from fedsim.results import BETTER, NAMES, PROBED, final, plus_minus
 
 
 def cells(table: pd.DataFrame, brief: bool = False) -> pages.Rows:
@@ -25,14 +25,17 @@ def cells(table: pd.DataFrame, brief: bool = False) -> pages.Rows:
     table : pandas.DataFrame
         As `summarise` gives it.
     brief : bool
-        Show the first two main figures only, and no costs.
+        Show two main figures only, those of probes before others, and no costs.
 
     Returns
     -------
     Rows
         For pages and terminals.
     """
-    columns = present(table)[: 2 if brief else None]
+    columns = present(table)
+    if brief:
+        probed = [c for c in columns if c in PROBED]
+        columns = [c for c in columns if c not in PROBED][: 1 if probed else 2] + probed
     header = ["", "runs", "rounds"]
     winners: dict[str, int] = {}
     for c in columns:
@@ -73,7 +76,7 @@ def write(directories: Sequence[Path], path: Path) -> pages.Rows:
     Returns
     -------
     Rows
-        A table for terminals, with the two first of the main figures.
+        A table for terminals, with two of the main figures.
     """
     found = load(directories)
     groups = group(found)

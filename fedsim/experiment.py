@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, NamedTuple
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from clients import LocalRule, Projection
+from clients import (
+    IRM,
+    SASAM,
+    AdaptiveSGD,
+    Controlled,
+    Guided,
+    LocalRule,
+    LossNormalised,
+    Projection,
+    StepDecay,
+    WarmupCosine,
+)
 from fedsim.data import Partition, Source
 from fedsim.models import Linear, ModelSpec
 from fedsim.network import Network
-from fedsim.objectives import Objective
+from fedsim.objectives import CrossEntropy, Exponential, Logistic, Objective
 from fedsim.probes import Probe
 from fedsim.registry import REGISTRY, BadInput, expression, nearest, parse
-from fedsim.schedule import FreeRunning, Schedule, TotalSteps
-from strategies import LeaderGD, LeaderSGD, LocalGD, Rule
+from fedsim.schedule import DynamicSteps, FreeRunning, PostLocal, Schedule, TotalSteps
+from strategies import (
+    AsyncDiLoCo,
+    DualAcceleration,
+    FedCM,
+    FedIRM,
+    LeaderGD,
+    LeaderSGD,
+    LocalGD,
+    Rule,
+    Scaffold,
+    StreamingDiLoCo,
+)
 
 COMPONENTS = ("data", "partition", "model", "objective", "client", "strategy", "network", "schedule")
 
@@ -190,8 +214,11 @@ class Experiment(BaseModel):
                 f"(it is {self.batch_size}) or strategy = 'FedAvg()'"
             )
         self._check_schedule()
+        self._check_pairs()
         if isinstance(parts.client, Projection):
-            self._check_projection(parts.model)
+            self._check_wants({"batch-size": (self.batch_size, 0), "local-steps": (self.local_steps, 1)})
+        if _contains(parts.client, LossNormalised) or parts.strategy.asks:
+            self._check_asking()
         if self.nodes > self.num_workers:
             raise BadInput(f"nodes = {self.nodes} must be <= num-workers = {self.num_workers}")
         if parts.strategy.keeps_rows and self.participation < 1:
@@ -212,7 +239,8 @@ class Experiment(BaseModel):
                 f"holdout = 0.0: strategy = {self.strategy!r} elects by held-out rows; set holdout > 0"
             )
         stale = isinstance(strategy, LeaderSGD) and strategy.follows != "never"
-        if (stale or isinstance(schedule, TotalSteps | FreeRunning)) and self.local_steps == 0:
+        counted = TotalSteps | FreeRunning | PostLocal | DynamicSteps
+        if (stale or isinstance(schedule, counted)) and self.local_steps == 0:
             key, value = ("strategy", self.strategy) if stale else ("schedule", self.schedule)
             raise BadInput(f"local-epochs = {self.local_epochs}: {key} = {value!r} needs local-steps")
         if isinstance(schedule, TotalSteps | FreeRunning) and self.participation < 1:
@@ -223,11 +251,66 @@ class Experiment(BaseModel):
             hint = "; leader methods take 'TotalSteps(...)'" if strategy.upload == "chosen" else ""
             raise BadInput(
                 f"schedule = {self.schedule!r}: strategy = {self.strategy!r} cannot take workers one at a time; use "
-                f"'ElasticAveraging()' or 'Downpour()'{hint}"
+                f"'ElasticAveraging()', 'Downpour()' or 'AsyncDiLoCo()'{hint}"
+            )
+        waits = isinstance(schedule, FreeRunning) and schedule.grace is not None
+        if waits and not isinstance(strategy, AsyncDiLoCo):
+            raise BadInput(
+                f"schedule = {self.schedule!r}: grace is for strategy = 'AsyncDiLoCo(...)', it is {self.strategy!r}"
             )
 
-    def _check_projection(self, model: ModelSpec) -> None:
-        wanted = {"batch-size": (self.batch_size, 0), "local-steps": (self.local_steps, 1)}
+    def _check_pairs(self) -> None:
+        client, strategy = self.parts.client, self.parts.strategy
+        together = isinstance(strategy, Scaffold) and isinstance(client, Controlled)
+        if (isinstance(strategy, Scaffold) or _contains(client, Controlled)) and not together:
+            raise BadInput(
+                f"client = {self.client!r}, strategy = {self.strategy!r}: 'Controlled(...)' and 'Scaffold()' need each "
+                "other, the client not within another rule"
+            )
+        if isinstance(strategy, FedCM) != _contains(client, Guided):
+            raise BadInput(
+                f"client = {self.client!r}, strategy = {self.strategy!r}: 'Guided(...)' and 'FedCM()' need each other"
+            )
+        if isinstance(strategy, FedIRM) != _contains(client, IRM):
+            raise BadInput(
+                f"client = {self.client!r}, strategy = {self.strategy!r}: 'IRM(...)' and 'FedIRM(...)' need each other"
+            )
+        if isinstance(strategy, FedIRM) and not isinstance(self.parts.objective, CrossEntropy | Logistic):
+            raise BadInput(
+                f"objective = {self.objective!r}: client = {self.client!r} needs 'Logistic()' or 'CrossEntropy()'"
+            )
+        if isinstance(strategy, StreamingDiLoCo) and not strategy.delay < self.local_steps:
+            raise BadInput(
+                f"local-steps = {self.local_steps}: strategy = {self.strategy!r} needs more local steps than its delay"
+            )
+        counting = next((k.__name__ for k in (WarmupCosine, StepDecay) if _contains(client, k)), None)
+        if counting and not strategy.keeps_state:
+            raise BadInput(
+                f"client = {self.client!r}: {counting} counts a worker's steps in all rounds, but strategy = "
+                f"{self.strategy!r} keeps nothing at workers; 'DiLoCo(lr=1.0, momentum=0.0)' averages and does"
+            )
+        if _contains(client, AdaptiveSGD | SASAM, persistent=True) and not strategy.keeps_state:
+            raise BadInput(
+                f"client = {self.client!r}: persistent keeps a worker's step between rounds, but strategy = "
+                f"{self.strategy!r} keeps nothing at workers; 'DiLoCo(lr=1.0, momentum=0.0)' averages and does"
+            )
+
+    def _check_asking(self) -> None:
+        client, strategy = self.parts.client, self.parts.strategy
+        if not isinstance(client, LossNormalised) or not strategy.asks:
+            raise BadInput(
+                f"client = {self.client!r}, strategy = {self.strategy!r}: 'LossNormalised(...)' and 'KnownLoss()' or "
+                "'DualAcceleration()' need each other, none within another rule"
+            )
+        wanted = {"batch-size": (self.batch_size, 0), "participation": (self.participation, 1)}
+        if isinstance(strategy, DualAcceleration):
+            wanted["local-steps"] = (self.local_steps, 1)
+        if not isinstance(self.parts.objective, Exponential):
+            raise BadInput(f"objective = {self.objective!r}: client = {self.client!r} needs 'Exponential()'")
+        self._check_wants(wanted)
+
+    def _check_wants(self, wanted: dict[str, tuple[float, int]]) -> None:
+        model = self.parts.model
         for key, (value, allowed) in wanted.items():
             if value != allowed:
                 raise BadInput(f"{key} = {value}: client = {self.client!r} needs {key} = {allowed}")
@@ -242,6 +325,17 @@ class Experiment(BaseModel):
         named = {k: parse(k, getattr(self, k)) for k in COMPONENTS}
         probes = tuple(parse("probe", p, "probes") for p in self.probes.split(";") if p.strip())
         return Parts(**named, probes=probes)
+
+    @property
+    def label(self) -> str:
+        """What a reader of the results must know, or nothing: local steps with IRM, another optimiser after the switch."""
+        strategy, said = self.parts.strategy, []
+        if isinstance(strategy, FedIRM):
+            if self.local_steps != 1:
+                said.append("local IRM steps, which are known to end in the rule that IRM is to avoid")
+            if strategy.on_anneal == "domainbed_compat" and strategy.optimiser != "adam":
+                said.append(f"Adam in place of {strategy.optimiser} from step {strategy.anneal} on")
+        return "; ".join(said)
 
     @property
     def num_participants(self) -> int:
@@ -312,6 +406,14 @@ class Experiment(BaseModel):
     def replace(self, changes: Mapping[str, Any]) -> Experiment:
         """Return a copy with some keys changed, validated again."""
         return type(self).from_mapping(self.to_mapping() | {_kebab(k): v for k, v in dict(changes).items()})
+
+
+def _contains(rule: Any, kind: type | UnionType, persistent: bool = False) -> bool:
+    """Say whether a local rule is of a kind, and persistent if so wished, or wraps one that is."""
+    fields = [f.name for f in dataclasses.fields(rule)] if dataclasses.is_dataclass(rule) else []
+    if isinstance(rule, kind) and (not persistent or rule.persistent):
+        return True
+    return "inner" in fields and _contains(rule.inner, kind, persistent)  # type: ignore[attr-defined]
 
 
 def parse_override(text: str) -> tuple[str, Any]:

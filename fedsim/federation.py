@@ -142,8 +142,11 @@ def assemble(experiment: Experiment, dataset: Dataset, shards: Shards, first: in
     def convert(x: torch.Tensor) -> torch.Tensor:
         return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
+    if dataset.cuts is not None and e.batch_size == 0:
+        raise BadInput(f"batch-size = 0: data = {e.data!r} cuts pictures at random; set batch-size > 0")
+    cuts = None if dataset.cuts is None else dataset.cuts.convert(convert)
     dataset = Dataset(
-        convert(dataset.x),
+        convert(dataset.x) if cuts is None else cuts.middle(),
         convert(dataset.y),
         convert(dataset.test_x),
         convert(dataset.test_y),
@@ -152,6 +155,8 @@ def assemble(experiment: Experiment, dataset: Dataset, shards: Shards, first: in
         dataset.name,
         dataset.workers,
         dataset.labels,
+        cuts,
+        dataset.domains and dataset.domains._replace(x=convert(dataset.domains.x), y=convert(dataset.domains.y)),
     )
     try:
         module, theta = initialise(parts.model, dataset.input_shape, dataset.num_outputs, e.seed, dtype)

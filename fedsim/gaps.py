@@ -40,9 +40,9 @@ def gaps(rows: Stack, weight: Tensor, dtype: torch.dtype | None = None) -> Gaps:
     """Subtract the weighted mean from every row, ``x_m - sum_j p_j x_j`` with ``p = weight / sum(weight)``.
 
     Gaps are a few thousandths of the parameters, and a difference of float32 numbers from their float32 mean
-    spoils the rank of the Gram matrix. So the mean is subtracted twice, ``y = x - mean(x)``, ``y - mean(y)``:
-    the first difference is rounded in proportion to itself, the second takes away the rounding of the mean. The
-    result is that of float64 arithmetic, rounded to the given type. Time O(M^2 P); memory M P numbers.
+    spoils the rank of the Gram matrix. So the row of largest weight is subtracted first, ``y = x - x_l``, and then the
+    mean of what is left, ``y - mean(y)``: both differences are rounded in proportion to gaps. The result is that
+    of float64 arithmetic, rounded to the given type. Time O(M^2 P); memory M P numbers.
 
     Parameters
     ----------
@@ -68,14 +68,14 @@ def gaps(rows: Stack, weight: Tensor, dtype: torch.dtype | None = None) -> Gaps:
     dtype = dtype or leaves[0].dtype
     share = weight.to(leaves[0].device, torch.float64)
     share = share / share.sum()
-    m, p = len(share), share.to(dtype)
+    m, p, largest = len(share), share.to(dtype), int(share.argmax())
     values = leaves[0].new_empty(m, sum(x.shape[1] for x in leaves), dtype=dtype)
     gram = torch.zeros(m, m, dtype=torch.float64, device=share.device)
     start = 0
     for leaf in leaves:
         for part in leaf.split(_block(leaf), dim=1):
             x = part.to(dtype)
-            y = x - p @ x
+            y = x - x[largest]
             gap = torch.sub(y, p @ y, out=values[:, start : start + y.shape[1]])
             gram += gap @ gap.T
             start += y.shape[1]
@@ -147,7 +147,7 @@ def push(buffer: Buffer, new: Gaps, round: int, worker: Tensor, capacity: int) -
     buffer : Buffer
         Gaps so far.
     new : Gaps
-        Gaps of the round; those of a lone participant are zero and are not pushed.
+        Gaps of the round; if all are zero, as those of a lone participant, they are not pushed.
     round : int
         Round, larger than all before.
     worker : Tensor
@@ -168,7 +168,7 @@ def push(buffer: Buffer, new: Gaps, round: int, worker: Tensor, capacity: int) -
     if capacity < 1:
         raise ValueError(f"push: capacity = {capacity} must be >= 1")
     m = len(new.values)
-    if m < 2:
+    if m < 2 or not new.gram.any():
         return buffer
     numbers = torch.full((m,), round, dtype=torch.int64)
     return newest(

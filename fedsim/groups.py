@@ -107,7 +107,9 @@ def labels(experiments: Sequence[Experiment]) -> list[str]:
     ['rounds=50', 'rounds=7']
     """
     meanings = [meaning(e) for e in experiments]
-    differing = [k for k in meanings[0] if len({m[k] for m in meanings}) > 1] or ["strategy"]
+    every = [k for k in meanings[0] if len({m[k] for m in meanings}) > 1] or ["strategy"]
+    # How it was computed is worth a label only where nothing else differs.
+    differing = [k for k in every if k not in {"plan", "device"}] or every
     differing.sort(key=lambda k: k != "strategy")
     written: list[list[str]] = [[] for _ in experiments]
     for k in differing:

@@ -67,6 +67,36 @@ class SelfAttention(nn.Module):
         return self.out((attention @ v).transpose(-3, -2).flatten(-2))
 
 
+def encoder(layers: int, width: int, heads: int, mlp: int) -> nn.Sequential:
+    """Make pre-norm blocks ``x <- x + attention(norm(x))``, ``x <- x + mlp(norm(x))`` and a final norm.
+
+    Parameters
+    ----------
+    layers : int
+        Number of blocks.
+    width : int
+        Size of a position's vector, a multiple of ``heads``.
+    heads : int
+        Number of attention heads; every position sees all.
+    mlp : int
+        Hidden width of a block's GELU network as a multiple of ``width``.
+
+    Returns
+    -------
+    nn.Sequential
+        Maps ``[..., T, width]`` to the same shape.
+    """
+    blocks: list[nn.Module] = []
+    for _ in range(layers):
+        attention = SelfAttention(width, heads)
+        network = [nn.Linear(width, mlp * width), nn.GELU(), nn.Linear(mlp * width, width)]
+        blocks += [
+            Residual(nn.Sequential(nn.LayerNorm(width), attention), nn.Identity()),
+            Residual(nn.Sequential(nn.LayerNorm(width), *network), nn.Identity()),
+        ]
+    return nn.Sequential(*blocks, nn.LayerNorm(width))
+
+
 class CausalSelfAttention(SelfAttention):
     """`SelfAttention` in which position t sees positions 0..t: scores above the diagonal are ``-inf``."""
 

@@ -170,8 +170,8 @@ def decode_trained(content: RecordDict, theta: Tree, participants: Tensor, uploa
         raise BadReply("report: weights must be finite and >= 0")
     if workers and not bool(report.weight.sum() > 0):
         raise BadReply("report: weights must not all be 0")
-    if bool((report.steps < 0).any()) or bool((report.gradients < 0).any()):
-        raise BadReply("report: steps and gradients must be >= 0")
+    if any(bool((x < 0).any()) for x in (report.steps, report.gradients, report.idle)):
+        raise BadReply("report: steps, gradients and idle must be >= 0")
     if upload == "reports":
         (score,) = _decode_columns(content, "score", ["score"])
         if len(score) != len(workers) or not bool(torch.isfinite(report.loss).all()):
@@ -200,8 +200,9 @@ def report_of_mean(report: Report) -> Report:
     total = report.weight.sum()
     loss = (report.loss * report.weight).sum() / total
     return Report(
-        report.worker[:1], loss[None], total[None], report.steps.max()[None], report.gradients.sum()[None]
-    )
+        report.worker[:1], loss[None], total[None], report.steps.max()[None], report.gradients.sum()[None],
+        report.idle.sum()[None],
+    )  # fmt: skip
 
 
 def encode_evaluated(found: Evaluated) -> RecordDict:
@@ -239,15 +240,16 @@ def decode_evaluated(content: RecordDict, first: int, last: int) -> Evaluated:
 
 
 def _decode_report(content: RecordDict) -> tuple[Report, list[int]]:
-    worker, loss, weight, steps, gradients = _decode_columns(content, "report", Report._fields)
-    for name, x in (("worker", worker), ("steps", steps), ("gradients", gradients)):
+    worker, loss, weight, steps, gradients, idle = _decode_columns(content, "report", Report._fields)
+    for name, x in (("worker", worker), ("steps", steps), ("gradients", gradients), ("idle", idle)):
         if not bool((x == x.round()).all()) or not bool((x.abs() < 2**53).all()):
             raise BadReply(f"report: {name} must be whole numbers")
     excluded = content.config_records["about"].get("excluded")
     if not isinstance(excluded, list) or not all(isinstance(w, int) for w in excluded):
         raise BadReply("about: excluded must be a list of worker ids")
     whole = torch.int64
-    return Report(worker.to(whole), loss, weight, steps.to(whole), gradients.to(whole)), [*map(int, excluded)]
+    counts = [x.to(whole) for x in (steps, gradients, idle)]
+    return Report(worker.to(whole), loss, weight, *counts), [*map(int, excluded)]
 
 
 def _decode_columns(content: RecordDict, name: str, columns: Sequence[str]) -> list[Tensor]:

@@ -108,20 +108,28 @@ class MLP:
         "relu", "tanh", "gelu", "silu" or "identity" (a deep linear network).
     bias : bool
         Whether layers have a bias; without, relu and identity networks are homogeneous in their parameters.
+    init : str
+        "torch": all uniform in ``+-1 / sqrt(in)``; "xavier": matrices uniform in ``+-sqrt(6 / (in + out))``, biases 0.
 
     Raises
     ------
     ValueError
-        If a width is below 1 or the activation is unknown.
+        If a width is below 1, or the activation or initialisation is unknown.
+
+    References
+    ----------
+    Glorot, Bengio 2010, Understanding the difficulty of training deep feedforward neural networks.
     """
 
     hidden: tuple[int, ...] = (200,)
     activation: str = "relu"
     bias: bool = True
+    init: str = "torch"
 
     def __post_init__(self) -> None:
         _check_widths("MLP", "hidden", self.hidden)
         checks.one_of(self, "activation", _ACTIVATIONS)
+        checks.one_of(self, "init", ("torch", "xavier"))
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
         """Build the module ``[B, *input_shape] -> [B, num_outputs]``."""
@@ -131,7 +139,14 @@ class MLP:
         for width in self.hidden:
             layers += [nn.Linear(fan_in, width, bias=self.bias), _ACTIVATIONS[self.activation]()]
             fan_in = width
-        return nn.Sequential(*layers, nn.Linear(fan_in, num_outputs, bias=self.bias))
+        module = nn.Sequential(*layers, nn.Linear(fan_in, num_outputs, bias=self.bias))
+        if self.init == "xavier":
+            for parameter in module.parameters():
+                if parameter.ndim == 2:
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    nn.init.zeros_(parameter)
+        return module
 
 
 @dataclass(frozen=True)

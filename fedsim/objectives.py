@@ -123,15 +123,15 @@ class CrossEntropy:
     def loss_and_residual(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Give the loss of each sample and its derivative ``p - q``, for tokens ``(p - q) / T``."""
         _check_labels(output, target)
-        # By hand: torch's softmax over a short last axis takes 20 times as long as the arithmetic.
+        # By hand: torch's softmax over a short last axis takes 5 times as long as the arithmetic.
         z = output - output.amax(dim=-1, keepdim=True)
-        p = z.exp()
-        total = p.sum(dim=-1, keepdim=True)
         label = target.unsqueeze(-1)
-        loss = (total.log() - z.gather(-1, label)).squeeze(-1)
-        if self.label_smoothing > 0:
-            uniform = total.log().squeeze(-1) - z.mean(dim=-1)
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
+        hit = z.gather(-1, label)
+        mean = z.mean(dim=-1, keepdim=True) if self.label_smoothing > 0 else hit
+        p = z.exp_()
+        total = p.sum(dim=-1, keepdim=True)
+        expected = hit if self.label_smoothing == 0 else torch.lerp(hit, mean, self.label_smoothing)
+        loss = (total.log() - expected).squeeze(-1)
         p.div_(total)
         p.scatter_add_(-1, label, p.new_full((1,), self.label_smoothing - 1).expand(label.shape))
         if self.label_smoothing > 0:

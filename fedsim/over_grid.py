@@ -184,6 +184,8 @@ class OverGrid:
     ) -> None:
         self.grid, self.experiment = grid, experiment
         self.theta = {k: x.cpu() for k, x in federation.theta.items()}
+        carried = experiment.parts.strategy.carries
+        self.sent = self.theta | {f"{name}/{k}": x for name in carried for k, x in self.theta.items()}
         self.device = next(iter(federation.theta.values())).device
         placed = zip(nodes, spread(experiment.num_workers, nodes), strict=True)
         self.nodes = [_Node(i, node.node_id, *workers) for i, (node, workers) in enumerate(placed)]
@@ -202,7 +204,7 @@ class OverGrid:
         lost: list[int] = []
         for node, content in replies:
             try:
-                found = decode_trained(content, self.theta, node.mine(workers), upload)
+                found = decode_trained(content, self.sent, node.mine(workers), upload)
             except BadReply as error:
                 failures[node.name] = str(error)
                 continue
@@ -249,7 +251,7 @@ class OverGrid:
         if reply.has_error():
             return Arrival(worker, None, (node.name, _reason(reply)))
         try:
-            found = decode_trained(reply.content, self.theta, torch.tensor([worker]), "rows")
+            found = decode_trained(reply.content, self.sent, torch.tensor([worker]), "rows")
         except BadReply as error:
             return Arrival(worker, None, (node.name, str(error)))
         return Arrival(worker, found._replace(rows=self._here(found.rows)), lost=has_lost(reply.content))

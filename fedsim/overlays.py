@@ -26,7 +26,7 @@ from fedsim.canvas import (
 )
 from fedsim.groups import Group, leading, summarise
 from fedsim.plots import Drawing
-from fedsim.results import BETTER, NAMES, over_seeds, plus_minus
+from fedsim.results import BETTER, NAMES, PROBED, over_seeds, plus_minus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def overlay(groups: Sequence[Group], column: str, x: str = "round") -> Figure | 
     with style():
         figure = canvas(WIDTH, HEIGHT + 0.2 * max(0, len(groups) - 2))
         axes = figure.add_subplot()
-        drawn = []
+        drawn, ends, longest = [], [], 0
         for i, (g, colour) in enumerate(zip(groups, palette(len(groups)), strict=True)):
             place, mean, sd = _mean(g.runs, column, x)
             if not len(mean):
@@ -63,18 +63,26 @@ def overlay(groups: Sequence[Group], column: str, x: str = "round") -> Figure | 
             label = "\n".join(textwrap.wrap(g.label, 56))
             line = ("-", "--", ":")[i // MOST_CURVES % 3]
             axes.plot(place, mean, color=colour, label=label, linestyle=line, marker=marks(mean))
+            longest = max(longest, len(place))
             if np.any(sd > 0):
                 axes.fill_between(place, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
             drawn.append(mean)
+            ends.append(place[-1])
         if not drawn:
             return None
         finish(axes, NAMES.get(column, column), x, np.concatenate(drawn))
+        if x != "round" and max(ends) > 8 * min(ends) > 0:
+            axes.set_xscale("log")  # what they cost is of different orders
+        if column in PROBED and longest >= 20:
+            axes.set_xscale("log")  # these fall like powers, or like powers of a logarithm
+            if min(y.min() for y in drawn) > 0:
+                axes.set_yscale("log")
         legend(figure, axes, columns=1 if max(len(g.label) for g in groups) > 24 else 2)
     return figure
 
 
 def overlays(groups: Sequence[Group]) -> list[Drawing]:
-    """Draw the main figures of several groups against rounds, and the leading one against what it costs.
+    """Draw the main figures of several groups against rounds, and the leading one and the loss against what they cost.
 
     Parameters
     ----------
@@ -97,7 +105,7 @@ def overlays(groups: Sequence[Group]) -> list[Drawing]:
         )
     spread = " Mean and standard deviation over seeds." if any(len(g.runs) > 1 for g in chosen) else ""
     wanted = [(c, "round") for c in BETTER if c not in ("held_loss.mean",)]
-    wanted += [(chief, x) for x in AXES if x != "round"]
+    wanted += [(c, x) for c in dict.fromkeys((chief, "test_loss")) for x in AXES if x != "round"]
     drawn = []
     for column, x in wanted:
         if not any(len(points(run.history, column, x)[1]) for g in chosen for run in g.runs):
@@ -144,7 +152,7 @@ def over_grid(settings: Sequence[Mapping[str, str]], finals: Sequence[float], co
             figure = _map(mean, sd, keys, down, across, NAMES[column])
         else:
             figure = _points(mean[:, 0], sd[:, 0], keys[0], down, NAMES[column])
-    return Drawing("grid", caption, figure)
+    return Drawing(f"grid-{column}", caption, figure)
 
 
 def _points(mean: np.ndarray, sd: np.ndarray, key: str, values: list[str], name: str) -> Figure:

@@ -13,6 +13,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from clients import SGD, LocalRule, Oracle, State, Told
+from clients.base import Part
 from fedsim import random, tree
 from fedsim.batches import Batches
+from fedsim.invariance import part_weights, slope_of
 from fedsim.objectives import Objective
 from fedsim.span import Span
 from fedsim.stacked import Chain, Unsupported, stack_module, weighted_loss
@@ -31,8 +34,11 @@ BLOCK = 4 * 2**20
 """Bytes of features gathered at a time: small enough for a cache, large enough to be few calls."""
 
 
-Follow = Callable[[int, Stack, slice], Stack]
-"""What is done to the rows at some positions after a step."""
+Follow = Callable[[int, Stack, slice, bool], Stack]
+"""What is done to the rows at some positions after a step, in place if the last argument allows it."""
+
+Cut = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Features of minibatches ``[*, B]``, given who uses them and in which step."""
 
 
 class Work(NamedTuple):
@@ -55,9 +61,11 @@ class Work(NamedTuple):
     stream : int
         Key of the round's uniform numbers.
     follow : callable or None
-        ``(t, rows, positions) -> rows``: what is done to the rows at some positions after step t.
+        ``(t, rows, positions, in_place) -> rows``: what is done to the rows at some positions after step t.
     record : bool
         Whether the loss of every single step is asked for.
+    cut : callable or None
+        ``(rows, worker, step) -> features``, where steps do not take the features as they are (see `fedsim.data.Cuts`).
     """
 
     anchor: Stack
@@ -70,16 +78,25 @@ class Work(NamedTuple):
     stream: int
     follow: Follow | None = None
     record: bool = False
+    cut: Cut | None = None
+
+    def features(self, index: Tensor, worker: Tensor, step: Tensor) -> Tensor:
+        """Gather the features of minibatches ``[*, B]`` that workers use in steps; both broadcast to ``*``."""
+        return _gather(self.x, index) if self.cut is None else self.cut(index, worker, step)
 
 
 class Done(NamedTuple):
-    """Result of a `Work`: rows, state, sums over the steps, ``[m]``, and where asked for all losses, ``[m, T]``."""
+    """Result of a `Work`: rows, state, sums over the steps, ``[m]``, and where asked for all losses, ``[m, T]``.
+
+    ``idle`` counts the steps without a gradient; None where there are none.
+    """
 
     rows: Stack
     state: State
     loss: Tensor
     gradients: Tensor
     losses: Tensor | None = None
+    idle: Tensor | None = None
 
 
 def _recorder(work: Work) -> Tensor | None:
@@ -124,7 +141,7 @@ class _Feed:
         """Yield for every step the number of active workers and their minibatches."""
         batches = work.batches
         rows = batches.rows.transpose(0, 1)  # [T, m, B]
-        if rows.shape[0] == 1:
+        if rows.shape[0] == 1 and work.cut is None:
             yield from self._same(work, rows[0])
             return
         weight = _weights(batches, self.dtype)
@@ -132,8 +149,9 @@ class _Feed:
         block = max(1, BLOCK // max(1, size))
         for first in range(0, len(batches.active), block):
             a = batches.active[first]
-            index = rows[first : first + block, :a]
-            x, y = _gather(work.x, index), _gather(work.y, index)
+            index = rows[first : first + block, :a].contiguous()
+            steps = torch.arange(first, first + len(index), device=index.device)
+            x, y = work.features(index, work.worker[:a], steps[:, None]), _gather(work.y, index)
             for t in range(first, min(first + block, len(batches.active))):
                 a, i = batches.active[t], t - first
                 yield a, Batch(x[i, :a], y[i, :a], None if weight is None else weight[t, :a])
@@ -182,7 +200,7 @@ class _Batched(ABC):
         times = torch.arange(total, device=work.worker.device)
         u = random.uniform(work.stream, times[:, None], work.worker).to(self.feed.dtype)
         loss = torch.zeros(m, dtype=torch.float64, device=work.worker.device)
-        gradients, losses = torch.zeros_like(loss), _recorder(work)
+        gradients, idle, losses = torch.zeros_like(loss), torch.zeros_like(loss), _recorder(work)
         even = work.batches.active[-1] == m
         if not even:
             state = tree.map_nested(torch.clone, state)
@@ -194,11 +212,12 @@ class _Batched(ABC):
                 inputs = work._replace(anchor=tree.take(work.anchor, slice(a)))
             new, new_state, told = self.step(part, kept, inputs, u[t, :a], times[t], batch)
             if work.follow is not None:
-                new = work.follow(t, new, slice(a))
+                new = work.follow(t, new, slice(a), False)
             loss[:a] += told.loss
             if losses is not None:
                 losses[:a, t] = told.loss
             gradients[:a] += told.gradients
+            idle[:a] += told.gradients == 0
             if even:
                 theta, state = new, new_state
             else:
@@ -207,7 +226,12 @@ class _Batched(ABC):
         # Gradients of autograd may be transposed, and so would be what was made of them.
         contiguous = torch.Tensor.contiguous
         return Done(
-            tree.map_nested(contiguous, theta), tree.map_nested(contiguous, state), loss, gradients, losses
+            tree.map_nested(contiguous, theta),
+            tree.map_nested(contiguous, state),
+            loss,
+            gradients,
+            losses,
+            idle,
         )
 
 
@@ -215,6 +239,25 @@ def _overwrite(old: Stack, new: Stack) -> None:
     for k, x in new.items():
         if x is not old[k]:
             old[k].copy_(x)
+
+
+def _over(weight: Tensor, like: Tensor) -> Tensor:
+    """Give weights ``[a, B]`` as many axes as ``like`` ``[a, B, ...]`` has."""
+    return weight.view(*weight.shape, *(1,) * (like.ndim - 2))
+
+
+def _summed(losses: list[Tensor], work: Work, mean: bool) -> tuple[Tensor, Tensor | None]:
+    """Add up the samples' losses ``[a, B]`` of all steps, ``[m]``, at once; also return those of each step if asked for."""
+    joined = torch.cat(losses)
+    steps = (joined.mean(1) if mean else joined.sum(1)).double()
+    every = torch.zeros(len(losses), len(work.worker), dtype=torch.float64, device=steps.device)
+    even = len(losses[-1]) == len(work.worker)
+    if even:
+        every = steps.view_as(every)
+    else:
+        for row, one in zip(every, steps.split([len(loss) for loss in losses]), strict=True):
+            row[: len(one)] = one
+    return every.sum(0), every.T if work.record else None
 
 
 class Stacked(_Batched):
@@ -272,37 +315,36 @@ class Stacked(_Batched):
         assert self.chain is not None
         assert isinstance(self.rule, SGD)
         m = len(work.worker)
-        theta = tree.clone(work.anchor)
-        loss, losses = torch.zeros(m, dtype=torch.float64, device=work.worker.device), _recorder(work)
+        theta, losses = tree.clone(work.anchor), []
         for t, (a, batch) in enumerate(self.feed.steps(work)):
             part = theta if a == m else tree.take(theta, slice(a))
             output, inputs = self.chain.forward(part, batch.x)
-            value, delta = self._loss_and_delta(output, batch)
-            loss[:a] += value
-            self.chain.descend(part, inputs, delta, self.rule.lr)
-            if losses is not None:
-                losses[:a, t] = value
+            loss, delta = self.objective.loss_and_residual(output, batch.y)
+            lr = self.rule.lr
+            if batch.weight is None:
+                lr /= loss.shape[1]  # instead of dividing delta
+            else:
+                loss, delta = loss * batch.weight, delta.mul_(_over(batch.weight, delta))
+            losses.append(loss)
+            self.chain.descend(part, inputs, delta, lr)
             if work.follow is not None:
-                _overwrite(part, work.follow(t, part, slice(a)))
-        return Done(theta, work.state, loss, work.batches.steps.to(loss), losses)
+                _overwrite(part, work.follow(t, part, slice(a), True))
+        total, every = _summed(losses, work, mean=work.batches.valid is None)
+        return Done(theta, work.state, total, work.batches.steps.to(total), every)
 
-    def _loss_and_delta(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return each worker's mean loss ``[a]`` and its derivative by the outputs."""
-        loss, residual = self.objective.loss_and_residual(output, batch.y)
-        if batch.weight is None:
-            return loss.mean(1), residual.div_(loss.shape[1])
-        weight = batch.weight.view(*batch.weight.shape, *(1,) * (residual.ndim - 2))
-        return (loss * batch.weight).sum(1), residual.mul_(weight)
-
-    def gradient(self, rows: Stack, batch: Batch) -> tuple[Stack, Tensor]:
-        """Return each worker's gradient and loss at ``rows``."""
+    def gradient(self, rows: Stack, batch: Batch, of: Objective | None = None) -> tuple[Stack, Tensor]:
+        """Return each worker's gradient and loss at ``rows``, of the plan's objective or another."""
+        objective = of or self.objective
         if self.chain is not None:
             output, inputs = self.chain.forward(rows, batch.x)
-            loss, delta = self._loss_and_delta(output, batch)
-            return self.chain.gradient(rows, inputs, delta), loss
+            loss, delta = objective.loss_and_residual(output, batch.y)
+            if batch.weight is None:
+                return self.chain.gradient(rows, inputs, delta.div_(loss.shape[1])), loss.mean(1)
+            delta.mul_(_over(batch.weight, delta))
+            return self.chain.gradient(rows, inputs, delta), (loss * batch.weight).sum(1)
         with torch.enable_grad():
             leaves = {k: x.detach().requires_grad_() for k, x in rows.items()}
-            loss = weighted_loss(self.objective, self.apply(leaves, batch.x), batch.y, batch.weight)
+            loss = weighted_loss(objective, self.apply(leaves, batch.x), batch.y, batch.weight)
             gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         return dict(zip(rows, gradients, strict=True)), loss.detach()
 
@@ -312,6 +354,17 @@ class Stacked(_Batched):
         def gradient(rows: Stack) -> tuple[Stack, Tensor]:
             return self.gradient(rows, batch)
 
+        def slope(at: Tree, part: Part, u: Tensor) -> tuple[Tree, Tensor]:
+            weight, size = batch.weight, batch.y.shape[:2]
+            if part != "all":
+                even = torch.full(size, 1 / size[1], dtype=self.feed.dtype, device=batch.y.device)
+                weight = part_weights(even if weight is None else weight, part)
+            here, of = batch._replace(weight=weight), slope_of(self.objective)
+            *leaves, value = _AllWorkers.apply(
+                lambda rows: self.gradient(rows, here, of), tuple(at), u, *at.values()
+            )
+            return dict(zip(at, leaves, strict=True)), value
+
         def one(
             theta: Tree, state: State, anchor: Tree, u: Tensor, x: Tensor, y: Tensor
         ) -> tuple[Tree, State, Told]:
@@ -319,7 +372,8 @@ class Stacked(_Batched):
                 *leaves, loss = _AllWorkers.apply(gradient, tuple(at), u, *at.values())
                 return dict(zip(at, leaves, strict=True)), loss
 
-            return self.rule.step(theta, state, Oracle(grad, anchor, work.broadcast, t, u, (x, y)))
+            oracle = Oracle(grad, anchor, work.broadcast, t, u, (x, y), lambda at, part: slope(at, part, u))
+            return self.rule.step(theta, state, oracle)
 
         return vmap(one)(theta, state, work.anchor, u, batch.x, batch.y)
 
@@ -372,7 +426,10 @@ class Vmap(_Batched):
         def loss(theta: Tree, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
             return (objective.loss(functional_call(module, theta, (x,)), y) * weight).sum()
 
-        self.grad = grad_and_value(loss)
+        def slope(theta: Tree, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+            return (slope_of(objective).loss(functional_call(module, theta, (x,)), y) * weight).sum()
+
+        self.grad, self.slope = grad_and_value(loss), grad_and_value(slope)
         self.batched = self.step_all
 
     def step_all(
@@ -392,7 +449,15 @@ class Vmap(_Batched):
         def one(
             theta: Tree, state: State, anchor: Tree, u: Tensor, x: Tensor, y: Tensor, weight: Tensor
         ) -> tuple[Tree, State, Told]:
-            oracle = Oracle(lambda at: self.grad(at, x, y, weight), anchor, broadcast, t, u, (x, y))
+            oracle = Oracle(
+                lambda at: self.grad(at, x, y, weight),
+                anchor,
+                broadcast,
+                t,
+                u,
+                (x, y),
+                lambda at, part: self.slope(at, x, y, part_weights(weight, part)),
+            )
             return self.rule.step(theta, state, oracle)
 
         return vmap(one)(theta, state, anchor, u, x, y, weight)
@@ -454,43 +519,53 @@ class Loop:
             torch.stack([d.loss for d in ordered]),
             torch.stack([d.gradients for d in ordered]),
             torch.stack([d.losses for d in ordered if d.losses is not None]) if work.record else None,
+            torch.stack([d.idle for d in ordered if d.idle is not None]),
         )
 
     def _some(self, work: Work, u: Tensor, positions: range) -> list[tuple[int, Done]]:
-        module = copy.deepcopy(self.module)  # functional_call swaps parameters: one module a thread
+        module = copy.deepcopy(self.module)  # its parameters are exchanged: one module a thread
         return [(i, self._one(module, work, u, i)) for i in positions]
 
     def _one(self, module: nn.Module, work: Work, u: Tensor, i: int) -> Done:
         batches = work.batches
         theta, state = tree.take(work.anchor, i), tree.map_nested(lambda x: x[i], work.state)
         anchor = theta
-        loss = torch.zeros((), dtype=torch.float64, device=u.device)
-        gradients = torch.zeros_like(loss)
-        losses = torch.zeros(len(batches.active), dtype=torch.float64, device=u.device)
-        for t in range(int(batches.steps[i])):
+        own = dict(module.named_parameters())
+        every: list[Told] = []
+        for t, step in enumerate(torch.arange(int(batches.steps[i]), device=u.device)):
             index = batches.rows[i, min(t, batches.rows.shape[1] - 1)]
             if batches.valid is not None:
                 index = index[: int(batches.valid[i, min(t, batches.rows.shape[1] - 1)])]
-            x, y = work.x[index], work.y[index]
+            x, y = work.features(index, work.worker[i], step), work.y[index]
 
-            def grad(at: Tree, x: Tensor = x, y: Tensor = y) -> tuple[Tree, Tensor]:
+            def mean(
+                at: Tree, of: Objective, part: Part = "all", x: Tensor = x, y: Tensor = y
+            ) -> tuple[Tree, Tensor]:
+                for k, parameter in own.items():
+                    parameter.data = at[k]
                 with torch.enable_grad():
-                    leaves = {k: v.detach().requires_grad_() for k, v in at.items()}
-                    value = self.objective.loss(functional_call(module, leaves, (x,)), y).mean()
-                    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-                return dict(zip(leaves, found, strict=True)), value.detach()
+                    loss = of.loss(module(x), y)
+                    if part == "all":
+                        value = loss.mean()
+                    else:
+                        value = (loss * part_weights(torch.full_like(loss, 1 / len(loss)), part)).sum()
+                    found = torch.autograd.grad(value, list(own.values()), materialize_grads=True)
+                return dict(zip(own, found, strict=True)), value.detach()
 
-            step = torch.tensor(t, device=u.device)
-            theta, state, told = self.rule.step(
-                theta, state, Oracle(grad, anchor, work.broadcast, step, u[t, i], (x, y))
-            )
-            loss += told.loss
-            losses[t] = told.loss
-            gradients += told.gradients
+            def slope(at: Tree, part: Part, mean: Callable = mean) -> tuple[Tree, Tensor]:
+                return mean(at, slope_of(self.objective), part)
+
+            grad = partial(mean, of=self.objective)
+            oracle = Oracle(grad, anchor, work.broadcast, step, u[t, i], (x, y), slope)
+            theta, state, told = self.rule.step(theta, state, oracle)
+            every.append(told)
             if work.follow is not None:
-                new = work.follow(t, tree.tree_map(lambda x: x[None], theta), slice(i, i + 1))
+                new = work.follow(t, tree.tree_map(lambda x: x[None], theta), slice(i, i + 1), False)
                 theta = tree.take(new, 0)
-        return Done(theta, state, loss, gradients, losses)
+        losses = torch.zeros(len(batches.active), dtype=torch.float64, device=u.device)
+        losses[: len(every)] = torch.stack([told.loss for told in every])
+        gradients = torch.stack([told.gradients for told in every]).double()
+        return Done(theta, state, losses.sum(), gradients.sum(), losses, (gradients == 0).double().sum())
 
 
 PLANS: dict[str, Callable[[nn.Module, Objective, LocalRule, torch.dtype], Plan]] = {

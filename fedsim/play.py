@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fedsim import tree
 from fedsim.carriers import Answers, Carrier, LiveCarrier, RunFailed
+from fedsim.curvature import answer
 from fedsim.experiment import Experiment
 from fedsim.federation import Federation
 from fedsim.probes import Clock
 from fedsim.schedule import FreeRunning, participants
 from fedsim.tree import Stack, Tree
-from strategies import Broadcast, Report, State
+from strategies import Broadcast, Report, Rule, State
 
 
 class Server(NamedTuple):
@@ -118,15 +119,20 @@ def _together(
     if round == 1 and strategy.ranks_first:
         server = _rank(experiment, federation, carrier, server)
     state, broadcast, clock, timetable = server
+    if round == 1:
+        state, broadcast = answer(experiment, federation, carrier, state, broadcast)
     device = next(iter(federation.theta.values())).device
     workers = participants(experiment, round)
     choosing = strategy.upload == "chosen"
     upload = "reports" if choosing else "rows" if whole or strategy.upload == "rows" else "mean"
+    asked: dict[str, str] = {}
+    if strategy.asks:
+        broadcast, asked = _ask(carrier, strategy, broadcast, workers, device)
     answers = carrier.train(round, workers, broadcast, upload)
     told, report, excluded = _join(answers)
     if not len(told.worker):
         raise RunFailed(_nobody(round, excluded, answers.failures))
-    sent, failures = broadcast, dict(answers.failures)
+    sent, failures = broadcast, asked | answers.failures
     if choosing:
         told, rows, merged = _chosen(carrier, experiment, state, told, whole, failures)
         if not len(told.worker):
@@ -134,10 +140,14 @@ def _together(
     else:
         rows = merged = tree.concat([t.rows for t in answers.trained if len(t.told.worker)])
     state, broadcast = strategy.merge(state, merged, _on(told, device))
+    if strategy.carries:
+        rows = {k: rows[k] for k in federation.theta}
+    state, broadcast = answer(experiment, federation, carrier, state, broadcast)
     carrier.adopt(broadcast)
-    work = parts.schedule.work(experiment, round, report.worker, report.steps)
+    work = parts.schedule.work(experiment, round, report.worker, report.steps - report.idle)
     traffic = strategy.traffic(broadcast, len(report.worker))
-    clock = parts.network.tick(clock, report, federation.theta, broadcast, work, traffic)
+    network = parts.network.among(report.worker, experiment.num_workers, experiment.seed)
+    clock = network.tick(clock, report, federation.theta, broadcast, work, traffic)
     if choosing and not whole:
         leads = torch.isin(told.worker, strategy.choose(state, told))
         told = Report(*(x[leads] for x in told))
@@ -175,6 +185,17 @@ def _chosen(
     return told, {}, {}
 
 
+def _ask(
+    carrier: Carrier, strategy: Rule, broadcast: Broadcast, workers: Tensor, device: torch.device
+) -> tuple[Broadcast, dict[str, str]]:
+    """Ask the workers, and return the broadcast with which they begin their steps; also name nodes that did not answer."""
+    answers = carrier.train(0, workers, broadcast, "reports")
+    told, _, excluded = _join(answers)
+    if not len(told.worker):
+        raise RunFailed(_nobody(0, excluded, answers.failures))
+    return strategy.inform(broadcast, _on(told, device)), dict(answers.failures)
+
+
 def _rank(experiment: Experiment, federation: Federation, carrier: Carrier, server: Server) -> Server:
     """Let the strategy choose among the workers before their first step."""
     strategy, (state, broadcast, clock, timetable) = experiment.parts.strategy, server
@@ -185,7 +206,8 @@ def _rank(experiment: Experiment, federation: Federation, carrier: Carrier, serv
         raise RunFailed(_nobody(0, excluded, answers.failures))
     state, broadcast = strategy.merge(state, rows, _on(told, next(iter(federation.theta.values())).device))
     traffic = strategy.traffic(broadcast, len(report.worker))
-    clock = experiment.parts.network.tick(clock, report, federation.theta, broadcast, 0.0, traffic)
+    network = experiment.parts.network.among(report.worker, experiment.num_workers, experiment.seed)
+    clock = network.tick(clock, report, federation.theta, broadcast, 0.0, traffic)
     return Server(state, broadcast, clock, timetable)
 
 
@@ -203,7 +225,14 @@ def _one_by_one(
     told = Report(*(torch.cat(column) for column in zip(*line.told, strict=True)))
     rows = tree.concat(line.rows)
     staleness = torch.tensor(line.staleness, dtype=torch.float64)
-    figures = {"staleness.mean": staleness.mean().item(), "staleness.max": staleness.max().item()}
+    # How often each worker has come with local steps, from the first round on.
+    came = line.timetable["period"] - 1 + line.timetable.get("waits", 0)
+    figures = {
+        "staleness.mean": staleness.mean().item(),
+        "staleness.max": staleness.max().item(),
+        "arrivals.min": came.min().item(),
+        "arrivals.max": came.max().item(),
+    }
     server = Server(line.state, line.broadcast, line.clock, line.timetable)
     return Played(
         server, sent, rows, rows, told, told, None, line.excluded, line.lost, line.failures, figures
@@ -214,17 +243,21 @@ class _Line:
     """Workers that come one after the other.
 
     The timetable holds for each worker: ``time`` of its next arrival in seconds, ``period``, how often it was sent off, ``seen``, the
-    arrivals before it was sent off last; and of what it brings: ``loss``, ``steps``, ``gradients``, ``good``.
+    arrivals before it was sent off last; and of what it brings: ``loss``, ``steps``, ``gradients``, ``idle``, ``good``. Where workers wait
+    for each other: ``waits``, and ``opened`` and ``last``, the times of the first and the last arrival of the window, -1 if none is open.
     """
 
     def __init__(
         self, experiment: Experiment, federation: Federation, carrier: Carrier, server: Server
     ) -> None:
         self.experiment, self.federation, self.carrier = experiment, federation, carrier
+        schedule = experiment.parts.schedule
+        assert isinstance(schedule, FreeRunning)
+        self.grace = None if isinstance(carrier, LiveCarrier) else schedule.grace
         self.state, self.broadcast, self.clock = server.state, server.broadcast, server.clock
         self.timetable = {k: x.cpu() for k, x in server.timetable.items()}
         self.device = next(iter(federation.theta.values())).device
-        self.durations = experiment.parts.schedule.durations_of(experiment.num_workers, experiment.seed)
+        self.durations = schedule.durations_of(experiment.num_workers, experiment.seed)
         self.told: list[Report] = []
         self.rows: list[Stack] = []
         self.staleness: list[int] = []
@@ -257,8 +290,7 @@ class _Line:
                 return
             rows, report = trained.rows, trained.report
         else:
-            time = self.timetable["time"]
-            worker = int((time == time.min()).nonzero()[0])
+            worker = self._first()
             rows = self.carrier.fetch(torch.tensor([worker])).rows
             if not bool(self.timetable["good"][worker]):
                 self.excluded.append(worker)
@@ -270,8 +302,25 @@ class _Line:
             sim_time=max(self.clock.sim_time, float(self.timetable["time"][worker])),
             gradients=self.clock.gradients + int(report.gradients.sum()),
             local_steps=self.clock.local_steps + int(report.steps.sum()),
+            pseudo_syncs=self.clock.pseudo_syncs + int(report.idle.sum()),
+            syncs=self.clock.syncs + 1,
         )
         self._exchange(worker, rows, report)
+
+    def _first(self) -> int:
+        """Say who comes next, after sending off those that wait where it is time."""
+        if self.grace is None:
+            time = self.timetable["time"]
+            return int((time == time.min()).nonzero()[0])
+        limit = self.grace * self.experiment.parts.network.step
+        while True:
+            time = self.timetable["time"].where(self.timetable["waits"] == 0, torch.inf)
+            opened, first = float(self.timetable["opened"]), float(time.min())
+            if first < torch.inf and (opened < 0 or first - opened <= limit):
+                return int((time == first).nonzero()[0])
+            for worker in (self.timetable["waits"] == 1).nonzero().flatten().tolist():
+                self._send_off(worker, self.timetable["last"])
+            self.timetable["opened"] = torch.tensor(-1.0, dtype=torch.float64)
 
     def _open(self) -> None:
         """Let all workers come once, at time 0."""
@@ -279,8 +328,13 @@ class _Line:
         zeros, whole = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
         self.timetable = {
             "time": zeros, "loss": zeros, "period": whole, "seen": whole, "steps": whole, "gradients": whole,
-            "good": whole + 1, "count": whole.new_zeros(()),
+            "idle": whole, "good": whole + 1, "count": whole.new_zeros(()),
         }  # fmt: skip
+        if self.grace is not None:
+            self.timetable |= {"waits": whole, "opened": zeros[0] - 1, "last": zeros[0]}
+            for worker in range(n):
+                self._send_off(worker, zeros[0])
+            return
         starts, theta = self.federation.starts, self.federation.theta
         for worker in range(n):
             own = tree.tree_map(lambda x: x[None], theta)
@@ -289,19 +343,38 @@ class _Line:
             self._exchange(worker, own, self._report(worker))
 
     def _exchange(self, worker: int, rows: Stack, report: Report) -> None:
-        """Merge one worker's row, and send the worker off."""
-        e, table = self.experiment, self.timetable
-        strategy, one = e.parts.strategy, torch.tensor([worker])
+        """Merge one worker's row, and send the worker off, or let it wait."""
+        strategy, clock, time = self.experiment.parts.strategy, self.clock, self.timetable["time"][worker]
         there = Report(*(x.to(self.device) for x in report))
         self.state, self.broadcast = strategy.exchange(self.state, rows, there)
-        traffic, clock = strategy.traffic(self.broadcast, 1), self.clock
-        period, count = int(table["period"][worker]) + 1, int(table["count"]) + 1
+        _, up, down = self._costs(worker, 0.0)
+        self.clock = clock._replace(bytes_up=clock.bytes_up + up, bytes_down=clock.bytes_down + down)
+        self.timetable["count"] = self.timetable["count"] + 1
+        if self.grace is None:
+            self._send_off(worker, time)
+            return
+        opened = self.timetable["opened"]
+        self.timetable |= {
+            "waits": _with(self.timetable["waits"], worker, 1),
+            "opened": time if opened < 0 else opened,
+            "last": time,
+        }
+
+    def _costs(self, worker: int, work: float) -> tuple[float, int, int]:
+        """Return the seconds of so much work and an exchange of a worker, and the bytes of the exchange."""
+        e, broadcast = self.experiment, self.broadcast
+        traffic = e.parts.strategy.traffic(broadcast, 1)
+        network = e.parts.network.among(torch.tensor([worker]), e.num_workers, e.seed)
+        return network.sync(work, 1, self.federation.theta, broadcast, traffic)
+
+    def _send_off(self, worker: int, at: Tensor) -> None:
+        """Let a worker begin its local steps with what the server has now."""
+        e, table, one = self.experiment, self.timetable, torch.tensor([worker])
+        self.state = e.parts.strategy.depart(self.state, worker)
+        period = int(table["period"][worker]) + 1
         granted = e.parts.schedule.steps(e, period)
         steps = e.local_steps if granted is None else int(granted[worker])
-        work = float(self.durations[worker]) * steps
-        seconds, up, down = e.parts.network.sync(work, 1, self.federation.theta, self.broadcast, traffic)
-        self.clock = clock._replace(bytes_up=clock.bytes_up + up, bytes_down=clock.bytes_down + down)
-        new: dict[str, Any] = {"time": table["time"][worker] + seconds, "period": period, "seen": count}
+        new: dict[str, Any] = {"period": period, "seen": table["count"], "waits": 0, "idle": 0}
         if isinstance(self.carrier, LiveCarrier):
             self.carrier.begin(worker, period, self.broadcast)
         else:
@@ -309,15 +382,17 @@ class _Line:
             trained = self.carrier.train(period, one, self.broadcast, "reports").trained[0]
             new |= {"good": len(trained.report.worker), "steps": steps, "gradients": 0}
             if new["good"]:
-                new |= {"loss": trained.report.loss[0], "gradients": trained.report.gradients[0]}
+                told = trained.report
+                new |= {"loss": told.loss[0], "gradients": told.gradients[0], "idle": told.idle[0]}
+        new["time"] = at + self._costs(worker, float(self.durations[worker]) * (steps - int(new["idle"])))[0]
         self.timetable = {k: _with(x, worker, new[k]) if k in new else x for k, x in table.items()}
-        self.timetable["count"] = torch.tensor(count)
 
     def _report(self, worker: int) -> Report:
         table = self.timetable
         one = torch.tensor([worker])
         weight = self.experiment.parts.strategy.weight(torch.ones(1))
-        return Report(one, table["loss"][one], weight, table["steps"][one], table["gradients"][one])
+        done = (table[k][one] for k in ("steps", "gradients", "idle"))
+        return Report(one, table["loss"][one], weight, *done)
 
 
 def _with(x: Tensor, index: int, value: float | int | Tensor) -> Tensor:

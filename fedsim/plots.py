@@ -116,7 +116,8 @@ def panels(history: pd.DataFrame, prefix: str) -> Figure | None:
     history : pandas.DataFrame
         As in `fedsim.Run`.
     prefix : str
-        Name of the probe in the history; ratios of ``direction`` tend to 1 on separable data.
+        Name of the probe in the history; ratios of ``direction`` tend to 1 on separable data, and those that do so
+        for plain gradient steps alone are left out where there is no invariant.
 
     Returns
     -------
@@ -124,7 +125,8 @@ def panels(history: pd.DataFrame, prefix: str) -> Figure | None:
         None if no column has a finite value.
     """
     wanted = [(y, {c: points(history, f"{prefix}.{c}") for c in columns}) for y, columns in PANELS[prefix]]
-    there = [(y, {c: xy for c, xy in found.items() if len(xy[1])}) for y, found in wanted]
+    laws = () if prefix != "direction" or "direction.invariant" in history else LAWS
+    there = [(y, {c: xy for c, xy in found.items() if len(xy[1]) and c not in laws}) for y, found in wanted]
     there = [(y, found) for y, found in there if found]
     if not there:
         return None
@@ -240,6 +242,9 @@ FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, Workers], Figure | None]]]
 }
 """Figures of every run by name: caption and how to draw them from the history and what is known of each worker."""
 
+LAWS = ("slope_ratio", "norm_growth", "loss_exponent")
+"""Columns of ``direction`` that tend to 1 for plain gradient steps alone."""
+
 PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "direction": (
         ("distance", ("cosine_distance", "margin_gap", "relative_error")),
@@ -248,12 +253,19 @@ PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "disagreement": (
         ("distance", ("gap_mean", "gap_max", "consensus")),
         ("rank", ("rank", "effective_rank")),
-        ("share", ("capture", "capture_random", "chi", "overlap", "top")),
+        ("share", ("capture", "capture_gradients", "capture_random", "overlap", "chi", "top")),
+        ("eigenvalue", ("lam_1", "lam_k", "lam_next")),
     ),
     "leaders": (
         ("distance", ("distance.mean", "distance.max")),
         ("share of syncs led", ("share.min", "share.max")),
         ("loss", ("spread",)),
+    ),
+    "sharpness": (
+        ("loss", ("loss",)),
+        ("largest eigenvalue", ("lambda_max",)),
+        ("trace", ("trace",)),
+        ("rise of the loss", ("rise", "m_sharpness")),
     ),
     "normalised_margin": (("margin", ("value",)), ("norm", ("norm",))),
 }
@@ -272,6 +284,11 @@ PROBES: dict[str, tuple[str, Callable[[pd.DataFrame, str], Figure | None]]] = {
     ),
     "disagreement": ("How far workers are from their average, and what their gaps span.", panels),
     "leaders": ("How far the other workers are from the best, and how evenly they lead.", panels),
+    "sharpness": (
+        "How flat the loss is around the model: largest eigenvalue and trace of the Hessian with the loss they belong to, "
+        "and the rise of the loss within a radius, over all rows and over groups of rows.",
+        panels,
+    ),
     "normalised_margin": ("Smallest normalised margin, and the norm of the parameters.", panels),
     "bias": ("Distance of the model from the limit of centralised training.", lines),
 }

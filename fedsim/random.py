@@ -56,10 +56,10 @@ def torch_generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Finaliser of SplitMix64 (Steele, Lea, Flood 2014), on int64 with wrap-around."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX1
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX2
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    """Finaliser of SplitMix64 (Steele, Lea, Flood 2014), on int64 with wrap-around; changes its argument."""
+    x = x.bitwise_xor_((x >> 30).bitwise_and_(0x3FFFFFFFF)).mul_(_MIX1)
+    x = x.bitwise_xor_((x >> 27).bitwise_and_(0x1FFFFFFFFF)).mul_(_MIX2)
+    return x.bitwise_xor_((x >> 31).bitwise_and_(0x1FFFFFFFF))
 
 
 def bits(stream: int, *coordinates: Tensor) -> Tensor:

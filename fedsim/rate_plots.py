@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)
+TICKS = (1, 1.5, 2, 3, 4, 6, 8, 11, 15, 20)
 """Marks on an axis of log t."""
 
 
@@ -59,6 +59,7 @@ def overlay(
             at, value = _positive(label, history, x, column)
             axes.loglog(at, value, label=label, color=colour)
         axes.set(xlabel=xlabel or _words(x), ylabel=ylabel or _words(column))
+        axes.spines[["top", "right"]].set_visible(False)
         legend(figure, axes, columns=3)
     return figure
 
@@ -110,6 +111,7 @@ def fitted(
             axes.plot(np.log(t), middle, color=colour, label=said)
             axes.fill_between(np.log(t), low, high, color=colour, alpha=0.25, linewidth=0)
         axes.set(xlabel="log t,  t = step size x local steps x rounds", ylabel=_words(column))
+        axes.spines[["top", "right"]].set_visible(False)
         low, high = axes.get_xlim()
         axes.set_xticks([n for n in TICKS if low <= n <= high], minor=False)
         axes.xaxis.set_major_formatter("{x:g}")

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import clients
 import strategies
-from fedsim import data, landscapes, models, network, objectives, probes, schedule, text_classifier
+from fedsim import data, gpt_neo, landscapes, models, network, objectives, probes, schedule, text_classifier
 from strategies.foreign import FlowerStrategy
 
 
@@ -43,6 +43,7 @@ REGISTRY: dict[str, dict[str, type]] = {
         "Folder",
         "Pair",
         "FrozenFeatures",
+        "Cropped",
         "Separable",
         "NonSeparable",
         "Mixed",
@@ -50,6 +51,8 @@ REGISTRY: dict[str, dict[str, type]] = {
         "Toy",
         "LinearRegression",
         "NextKind",
+        "ColoredDigits",
+        "RotatedDigits",
         "Blank",
         "Parabolas",
         "LowRank",
@@ -68,31 +71,65 @@ REGISTRY: dict[str, dict[str, type]] = {
     ),
     "model": _classes(models, "Linear", "MLP", "SmallCNN", "CNN7", "ResNet20", "Transformer")
     | _classes(text_classifier, "TextClassifier")
+    | _classes(gpt_neo, "GPTNeo")
     | _classes(landscapes, "Scalar", "Sinc", "DoubleWell", "Factorisation"),
     "objective": _classes(objectives, "CrossEntropy", "SquaredError", "Logistic", "Exponential", "Value"),
-    "client": _classes(clients, "SGD", "AdamW", "Prox", "Projection", "Filtered", "Nesterov"),
+    "client": _classes(
+        clients,
+        "SGD",
+        "ScaledSGD",
+        "AdamW",
+        "Prox",
+        "Clipped",
+        "WarmupCosine",
+        "StepDecay",
+        "PALSGD",
+        "Controlled",
+        "Fresh",
+        "IRM",
+        "Projection",
+        "LossNormalised",
+        "Filtered",
+        "Nesterov",
+        "SAM",
+        "AdaptiveSGD",
+        "SASAM",
+        "Guided",
+    ),
     "strategy": _classes(
         strategies,
         "FedAvg",
+        "FedSGD",
+        "FedIRM",
         "LocalGD",
         "AnchoredAverage",
+        "KnownLoss",
+        "DualAcceleration",
         "FedAvgM",
         "FedAdam",
         "FedYogi",
         "FedAdagrad",
+        "DiLoCo",
+        "StreamingDiLoCo",
+        "AsyncDiLoCo",
+        "TopK",
+        "LowBit",
+        "Scaffold",
+        "FedCM",
         "FedMedian",
         "TrimmedMean",
         "GapFilter",
+        "DominantFilter",
         "LeaderSGD",
         "LeaderGD",
         "ElasticAveraging",
         "Downpour",
     ),
     "probe": _classes(
-        probes, "WorkerLoss", "Drift", "Leaders", "Direction", "Bias", "NormalisedMargin", "Disagreement"
+        probes, "WorkerLoss", "Drift", "Leaders", "Direction", "Bias", "NormalisedMargin", "Disagreement", "Sharpness"
     ),
     "network": _classes(network, "Network"),
-    "schedule": _classes(schedule, "Synchronous", "TotalSteps", "FreeRunning"),
+    "schedule": _classes(schedule, "Synchronous", "PostLocal", "DynamicSteps", "TotalSteps", "FreeRunning"),
 }
 
 KINDS = {

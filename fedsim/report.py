@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim import pages, plots, runs, workers
-from fedsim.results import BETTER, NAMES, best, final
+from fedsim import pages, plots, runs, text_sample, workers
+from fedsim.results import BETTER, NAMES, PROBED, best, final
 
 MOST_SAID = 12
 """Rounds of one kind of trouble that are listed one by one."""
@@ -39,9 +39,10 @@ def write(directory: Path) -> Path:
     """
     done, known = runs.load(directory), workers.read(directory)
     experiment, summary, history = done.experiment, done.summary, done.history
-    said = warnings(done, known)
+    said, sample = warnings(done, known), text_sample.read(directory)
     figures = [pages.picture(d) for d in plots.drawings(history, known)]
-    sections = [("figures", "Figures"), ("results", "Results"), ("experiment", "Experiment")]
+    sections = [("figures", "Figures"), ("results", "Results")]
+    sections += [("sample", "Sample")] * bool(sample) + [("experiment", "Experiment")]
     sections += [("repeat", "How to repeat it")]
     sections += [("machine", "Versions and machine")] if summary else []
     values = {
@@ -56,6 +57,7 @@ def write(directory: Path) -> Path:
         "pictures": figures,
         "values": _values(history),
         "costs": _costs(done),
+        "sample": sample,
         "toml": pages.toml(experiment.replace({"out": ""}).to_toml()),
         "commands": _commands(directory),
         "machine": _machine(summary),
@@ -121,7 +123,14 @@ def _shortened(told: list[str], what: str) -> list[str]:
 
 def _cards(history: pd.DataFrame, summary: dict[str, Any]) -> list[tuple[str, str]]:
     cards = []
-    for column in ("test_accuracy", "test_perplexity", "test_loss", "train_loss", "held_accuracy.p10"):
+    for column in (
+        "test_accuracy",
+        "test_perplexity",
+        "test_loss",
+        "train_loss",
+        *PROBED,
+        "held_accuracy.p10",
+    ):
         value = final(history, column)
         if not math.isnan(value):
             cards.append((NAMES[column], pages.number(value)))

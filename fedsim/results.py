@@ -21,10 +21,21 @@ BETTER = {
     "held_accuracy.p10": max,
     "held_loss.mean": min,
     "train_loss": min,
+    "direction.cosine_distance": min,
+    "bias.finite": min,
+    "sharpness.lambda_max": min,
 }
 """Main figures of a history in the order of tables, and whether more or less is better."""
 
-NAMES = LABELS | {"held_accuracy.p10": "workers' own accuracy, 10th percentile"}
+PROBED = ("direction.cosine_distance", "bias.finite", "sharpness.lambda_max")
+"""Main figures that a probe measures."""
+
+NAMES = LABELS | {
+    "held_accuracy.p10": "workers' own accuracy, 10th percentile",
+    "direction.cosine_distance": "cosine distance",
+    "bias.finite": "distance from minimiser",
+    "sharpness.lambda_max": "largest Hessian eigenvalue",
+}
 
 
 class Value(NamedTuple):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedsim import history, tree, workers
+from fedsim import history, text_sample, tree, workers
 from fedsim.carriers import Carrier, InProcess
 from fedsim.checkpoints import (
     Checkpoint,
@@ -294,6 +294,12 @@ def _beginning(experiment: Experiment, federation: Federation, carrier: Carrier)
     return Checkpoint(start(experiment, federation), federation.theta, {}, carrier.plan)
 
 
+def _resolve(experiment: Experiment, federation: Federation, carrier: Carrier) -> Experiment:
+    """Write down what ``auto`` has become, so that running the experiment again gives the same run."""
+    device = next(iter(federation.theta.values())).device
+    return experiment.replace({"plan": carrier.plan, "device": str(device)})
+
+
 def _describe(path: Path, experiment: Experiment) -> None:
     """Write the experiment without its directory, so that running the file again makes a new one."""
     with writing(path):
@@ -322,6 +328,9 @@ def _go_on(
         try:
             for snapshot, position in rounds(experiment, federation, carrier, found.position):
                 now = time.perf_counter()
+                if experiment.plan == "auto" != carrier.plan:
+                    experiment = _resolve(experiment, federation, carrier)
+                    _describe(path, experiment)
                 line = snapshot.metrics | {"wall_time": round(wall + now - began, 6)}
                 with writing(path):
                     history.append(file, line)
@@ -340,6 +349,7 @@ def _go_on(
             if unsaved is not None:
                 write_checkpoint(path, experiment, unsaved)
     write_model(path, model)
+    text_sample.write(path, federation, model, experiment.seed)
     if experiment.holdout > 0:
         known |= workers.evaluate(carrier, model, experiment.num_workers)
         workers.write(path, known)
@@ -368,6 +378,7 @@ def _summary(
         gpu = {"peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated(device) / 1e6, 1)}
     return {
         "rounds": experiment.rounds,
+        **({"label": experiment.label} if experiment.label else {}),
         **last,
         "excluded": sum(len(line.get("excluded", [])) for line in lines),
         "failures": sum(len(line.get("failures", {})) for line in lines),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,7 +37,8 @@ def participants(experiment: Experiment, round: int) -> Tensor:
         return torch.arange(e.num_workers)
     draw = numpy_generator(e.seed, "participants", round)
     chosen = draw.choice(e.num_workers, e.num_participants, replace=False, shuffle=False)
-    return torch.from_numpy(chosen).sort().values
+    chosen.sort()
+    return torch.from_numpy(chosen)
 
 
 class Schedule(Protocol):
@@ -56,6 +57,17 @@ class Schedule(Protocol):
         ...
 
 
+@lru_cache(maxsize=8)
+def _durations(durations: tuple[float, ...], sigma: float, num_workers: int, seed: int) -> Tensor:
+    """See `Schedule.durations_of`; callers must not change the result."""
+    given = torch.tensor(durations, dtype=torch.float64)
+    own = given[torch.arange(num_workers) % len(given)]
+    if sigma == 0:
+        return own
+    noise = numpy_generator(seed, "speeds").standard_normal(num_workers)
+    return own * torch.from_numpy(noise).mul(sigma).exp()
+
+
 @dataclass(frozen=True)
 class _Speeds:
     """Workers at different speeds: ``d_i = durations[i mod n] exp(sigma z_i)`` with ``z_i ~ N(0, 1)`` drawn once a run."""
@@ -70,12 +82,7 @@ class _Speeds:
 
     def durations_of(self, num_workers: int, seed: int) -> Tensor:
         """Return what a local step of each worker takes, ``[W]`` float64."""
-        given = torch.tensor(self.durations, dtype=torch.float64)
-        own = given[torch.arange(num_workers) % len(given)]
-        if self.sigma == 0:
-            return own
-        noise = numpy_generator(seed, "speeds").standard_normal(num_workers)
-        return own * torch.from_numpy(noise).mul(self.sigma).exp()
+        return _durations(self.durations, self.sigma, num_workers, seed)
 
     def steps(self, experiment: Experiment, round: int) -> Tensor | None:
         """Leave the steps to the experiment."""
@@ -105,6 +112,82 @@ class Synchronous(_Speeds):
     ValueError
         If a value is outside its range.
     """
+
+
+@dataclass(frozen=True)
+class PostLocal(_Speeds):
+    """`Synchronous`, but with ``first`` local steps in each of the first ``until`` rounds, then with ``local-steps``.
+
+    With ``first = 1`` this is post-local SGD: a sync after every step, as long as the model changes fast. It also lets the
+    fragments of ``StreamingDiLoCo(delay=d)`` be due at multiples of ``local-steps``: ``PostLocal(until=1, first=local-steps - d)``.
+
+    Parameters
+    ----------
+    until : int
+        Rounds, >= 0.
+    first : int
+        Local steps of each of them, >= 1.
+    durations : tuple of float
+        What a local step takes, in units of ``Network(step)``, all > 0; repeated over the workers.
+    sigma : float
+        Spread of the workers' speeds, >= 0 (see `Synchronous`).
+
+    Raises
+    ------
+    ValueError
+        If a value is outside its range.
+
+    References
+    ----------
+    Lin, Stich, Patel, Jaggi (2020), Don't use large mini-batches, use local SGD, arXiv:1808.07217.
+    """
+
+    until: int = field(default=1, kw_only=True)
+    first: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.nonnegative(self, "until")
+        checks.at_least(self, 1, "first")
+
+    def steps(self, experiment: Experiment, round: int) -> Tensor | None:
+        """Return the first steps in the first rounds."""
+        return torch.full((experiment.num_workers,), self.first) if round <= self.until else None
+
+
+@dataclass(frozen=True)
+class DynamicSteps(_Speeds):
+    """Slow workers make fewer local steps, so that all come at nearly the same time: dynamic local updates (DyLU).
+
+    ``H_i = max(1, floor(H d_min / d_i))`` with ``H`` the experiment's ``local-steps`` and the durations ``d_i`` of a step, for every round.
+    The floor of one step is ours.
+
+    Parameters
+    ----------
+    durations : tuple of float
+        What a local step takes, in units of ``Network(step)``, all > 0; repeated over the workers.
+    sigma : float
+        Spread of the workers' speeds, >= 0 (see `Synchronous`).
+
+    Raises
+    ------
+    ValueError
+        If a value is outside its range.
+
+    References
+    ----------
+    Liu et al. (2024), Asynchronous Local-SGD training for language modeling, arXiv:2401.09135.
+
+    Examples
+    --------
+    >>> dynamic_steps(torch.tensor([0.58, 0.75, 1.51, 3.33]), 20).tolist()
+    [20, 15, 7, 3]
+    """
+
+    def steps(self, experiment: Experiment, round: int) -> Tensor | None:
+        """Return the steps that each worker makes in the time in which the fastest makes ``local-steps``."""
+        e = experiment
+        return dynamic_steps(self.durations_of(e.num_workers, e.seed), e.local_steps)
 
 
 @dataclass(frozen=True)
@@ -158,8 +241,14 @@ class FreeRunning(_Speeds):
 
     The server handles one worker after the other, in the order of the simulated clock (at equal times that of
     ids): it takes in the worker's row as it came, and the worker goes on from what the server sends back. At time 0 all
-    come once. A round is ``arrivals`` of them. In a Flower deployment the order is that in which replies come.
-    For strategies that take workers one at a time: ``ElasticAveraging``, ``Downpour``.
+    come once. A round is ``arrivals`` of them. The history tells their ``staleness``, the arrivals of others since a worker
+    was sent off, and as ``arrivals`` how often the rarest and the most frequent worker has come so far. In a Flower
+    deployment the order is that in which replies come, and their node gets new work at once.
+    For strategies that take workers one at a time: ``ElasticAveraging``, ``Downpour``, ``AsyncDiLoCo``.
+
+    With ``grace``, for ``AsyncDiLoCo``: the first arrival opens a window; a worker that has come waits, until the next one would come more than
+    ``grace`` later or nobody is on the way. Then all who wait are sent off together, from the time of the last
+    arrival. At time 0 all are sent off, and nobody comes. In a deployment nobody waits.
 
     Parameters
     ----------
@@ -169,6 +258,11 @@ class FreeRunning(_Speeds):
         Spread of the workers' speeds, >= 0 (see `Synchronous`).
     arrivals : int
         Arrivals in a round, >= 0; 0 for the number of workers.
+    grace : float or None
+        How long a window stays open, in units of ``Network(step)``, >= 0, ``inf`` to wait for all; None to send workers
+        off at once.
+    dynamic : bool
+        Slow workers make fewer local steps, as in `DynamicSteps`.
 
     Raises
     ------
@@ -177,10 +271,28 @@ class FreeRunning(_Speeds):
     """
 
     arrivals: int = 0
+    grace: float | None = None
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.nonnegative(self, "arrivals")
+        if self.grace is not None:
+            checks.nonnegative(self, "grace")
+
+    def steps(self, experiment: Experiment, round: int) -> Tensor | None:
+        """Leave the steps to the experiment, unless they are ``dynamic``."""
+        if not self.dynamic:
+            return None
+        own = self.durations_of(experiment.num_workers, experiment.seed)
+        return dynamic_steps(own, experiment.local_steps)
+
+
+def dynamic_steps(durations: Tensor, most: int) -> Tensor:
+    """Return ``max(1, floor(most min(durations) / durations))``, ``[W] -> [W]`` int64."""
+    # A third of three steps is one step, however its quotient is rounded.
+    exact = most * durations.min() / durations + 1e-9 * most
+    return exact.floor().clamp(min=1).to(torch.int64)
 
 
 @lru_cache(maxsize=64)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from clients.sasam import collapses
+from fedsim import tree
 from fedsim.carriers import Carrier, InProcess, RunFailed, join_evaluations
 from fedsim.cohort import Evaluated, evaluate
-from fedsim.data import ByLabel, Dirichlet, Pathological
+from fedsim.data import ByLabel, Dirichlet, Domains, Pathological
 from fedsim.experiment import BadInput, Experiment
 from fedsim.federation import Federation, load
 from fedsim.play import Server, play
 from fedsim.probes import Clock, Memory, Snapshot
 from fedsim.registry import expression
 from fedsim.tree import Tree
-from strategies import Broadcast, State
+from strategies import Broadcast, FedIRM, State
 
 
 class Position(NamedTuple):
@@ -62,6 +65,14 @@ def start(experiment: Experiment, federation: Federation) -> Position:
         warnings.warn(
             f"strategy = {experiment.strategy!r} compares workers by losses on their own data, and so elects the one "
             f"with the easiest under partition = {experiment.partition!r}; leader='shared_val' is fair",
+            stacklevel=2,
+        )
+    if known := collapses(parts.client, tree.num_parameters(federation.theta)):
+        warnings.warn(f"client = {experiment.client!r}: {known}", stacklevel=2)
+    if isinstance(parts.strategy, FedIRM) and experiment.local_steps != 1:
+        warnings.warn(
+            f"local-steps = {experiment.local_steps}: local IRM steps are known to fail, as a worker's penalty vanishes at its "
+            "own optimum; set local-steps = 1",
             stacklevel=2,
         )
     memories = []
@@ -129,6 +140,9 @@ def rounds(
             "sim_time": clock.sim_time,
             "gradients": clock.gradients,
             "local_steps": clock.local_steps,
+            "optimiser_steps": clock.optimiser_steps,
+            "pseudo_syncs": clock.pseudo_syncs,
+            "syncs": clock.syncs,
             "bytes_up": clock.bytes_up,
             "bytes_down": clock.bytes_down,
             "participants": len(report.worker),
@@ -181,6 +195,8 @@ def _evaluate(federation: Federation, model: Tree, own: list[Evaluated]) -> dict
         metrics["test_accuracy"] = correct.mean().item()
         if federation.dataset.task == "tokens":
             metrics["test_perplexity"] = math.exp(min(700.0, metrics["test_loss"]))
+        if federation.dataset.domains is not None:
+            metrics |= _evaluate_domains(federation, federation.dataset.domains, model, metrics)
     held = join_evaluations(own) if own else None
     if held is not None and len(held.worker):
         for name, x in (("held_loss", held.loss), ("held_accuracy", held.accuracy)):
@@ -189,6 +205,19 @@ def _evaluate(federation: Federation, model: Tree, own: list[Evaluated]) -> dict
             metrics[f"{name}.{worst[1]}"] = torch.quantile(x, worst[0]).item()
             metrics[f"{name}.worst"] = worst[2].item()
     return {k: v for k, v in metrics.items() if v is not None and not math.isnan(v)}
+
+
+def _evaluate_domains(
+    federation: Federation, domains: Domains, model: Tree, metrics: dict[str, float | None]
+) -> dict[str, float | None]:
+    """Evaluate within the training domains, each of equal weight, and name the figures of the held-out one."""
+    inside = replace(federation.dataset, test_x=domains.x, test_y=domains.y)
+    figures = {}
+    for name, x in zip(("loss", "accuracy"), evaluate(federation._replace(dataset=inside), model), strict=True):
+        own = torch.zeros(len(domains.names), dtype=torch.float64).index_add_(0, domains.domain, x.cpu())
+        figures[f"id_{name}"] = (own / torch.bincount(domains.domain)).mean().item()
+        figures[f"ood_{name}"] = metrics[f"test_{name}"]
+    return figures
 
 
 def _evaluate_others(

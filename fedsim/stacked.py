@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.layers import Residual
+from fedsim.layers import CausalSelfAttention, Decoder, Residual, SelfAttention
 from fedsim.objectives import Objective
 from fedsim.tree import Stack
 
@@ -31,7 +31,7 @@ def stack_module(module: nn.Module, prefix: str = "") -> Apply:
     Parameters
     ----------
     module : nn.Module
-        Sequential chains and `Residual` sums of the layers in the table below.
+        Sequential chains and `Residual` sums of the layers in the table below, or a `Decoder` around one.
     prefix : str
         Prefix of its parameters' names.
 
@@ -59,6 +59,10 @@ def stack_module(module: nn.Module, prefix: str = "") -> Apply:
         body = stack_module(module.body, f"{prefix}body.")
         shortcut = stack_module(module.shortcut, f"{prefix}shortcut.")
         return lambda rows, x: body(rows, x) + shortcut(rows, x)
+    if type(module) is Decoder:
+        return _decoder(module, prefix)
+    if type(module) is SelfAttention or type(module) is CausalSelfAttention:
+        return _attention(module, prefix)
     make = _LAYERS.get(type(module))
     if make is None or not {n for n, _ in module.named_parameters()} <= {"weight", "bias"}:
         raise Unsupported(f"{prefix.rstrip('.') or 'model'}: {type(module).__name__}")
@@ -163,6 +167,35 @@ def _embedding(module: nn.Embedding, prefix: str) -> Apply:
         table = rows[weight]  # [W, V, D]
         first = torch.arange(table.shape[0], device=x.device) * table.shape[1]
         return F.embedding(x + first.view(-1, *(1,) * (x.ndim - 1)), table.flatten(0, 1))
+
+    return apply
+
+
+def _attention(module: SelfAttention, prefix: str) -> Apply:
+    qkv, out = _linear(module.qkv, f"{prefix}qkv."), _linear(module.out, f"{prefix}out.")
+    causal = isinstance(module, CausalSelfAttention)
+
+    def apply(rows: Stack, x: Tensor) -> Tensor:
+        # [W, B, T, 3 width] -> three of [W * B, heads, T, d]; only the affine maps differ between workers
+        parts = qkv(rows, x).flatten(0, 1).unflatten(-1, (3, module.heads, -1))
+        q, k, v = parts.movedim(-3, 0).transpose(-3, -2)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return out(rows, mixed.transpose(-3, -2).flatten(-2).unflatten(0, x.shape[:2]))
+
+    return apply
+
+
+def _decoder(module: Decoder, prefix: str) -> Apply:
+    embedding = _embedding(module.embedding, f"{prefix}embedding.")
+    body = stack_module(module.body, f"{prefix}body.")
+    # A tied head is the embedding's matrix a second time: one entry of the tree, read at both ends.
+    head = f"{prefix}embedding.weight" if module.head is None else f"{prefix}head.weight"
+    position = f"{prefix}position.weight"
+
+    def apply(rows: Stack, tokens: Tensor) -> Tensor:
+        x = embedding(rows, tokens) + rows[position][:, None, : tokens.shape[-1]]
+        x = body(rows, x)
+        return torch.bmm(x.flatten(1, 2), rows[head].mT).unflatten(1, tokens.shape[1:])
 
     return apply
 

@@ -19,7 +19,7 @@ from fedsim.checkpoints import replace_file, writing
 from fedsim.experiment import BadInput, Experiment, parse_override
 from fedsim.groups import group, labels, leading, summarise
 from fedsim.overlays import over_grid, overlays
-from fedsim.results import BETTER, best, final
+from fedsim.results import BETTER, PROBED, best, final
 
 Grid = Mapping[str, Sequence[str]]
 """Values of each key, as they are written on a command line."""
@@ -284,7 +284,7 @@ def write(
     Returns
     -------
     Rows
-        A table for terminals, with the two first of the main figures.
+        A table for terminals, with two of the main figures.
 
     Raises
     ------
@@ -305,7 +305,9 @@ def write(
     summary = summarise(groups)
     drawn = overlays(groups)
     chief = leading(summary)
-    chart = over_grid([cell.settings for cell in planned], table[f"{chief}.final"].tolist(), chief)
+    settings = [cell.settings for cell in planned]
+    wanted = [c for c in dict.fromkeys((chief, "train_loss", *PROBED)) if f"{c}.final" in table]
+    charts = [over_grid(settings, table[f"{c}.final"].tolist(), c) for c in wanted]
     told = dict.fromkeys(text for o in outcomes.values() for text in o.warnings)
     options = " ".join(f"--grid {shlex.quote(f'{k}=' + ','.join(v))}" for k, v in grid.items())
     command = f"fedsim sweep {shlex.quote(str(out / 'base.toml'))} {options} --seeds {num_seeds} --out "
@@ -318,7 +320,7 @@ def write(
         "note": compare.NOTE,
         "values": compare.cells(summary),
         "said": [*failed, *compare.unfinished(found), *told],
-        "pictures": [pages.picture(d) for d in ([chart] if chart else []) + drawn],
+        "pictures": [pages.picture(d) for d in [c for c in charts if c] + drawn],
         "runs": compare.listed(groups),
         "toml": compare.common(found),
         "commands": [
@@ -346,7 +348,8 @@ def _file_name(settings: Mapping[str, str]) -> str:
 
 def _check_directory(cell: Cell) -> None:
     if (cell.path / "experiment.toml").exists():
-        differing = [k for k in runs.read_experiment(cell.path).differing(cell.experiment) if k != "out"]
+        free = {"out", "plan", "device"}  # of the last two, a run writes down what it has chosen
+        differing = [k for k in runs.read_experiment(cell.path).differing(cell.experiment) if k not in free]
         if differing:
             raise BadInput(
                 f"{cell.path}: holds a run with other settings ({', '.join(differing)}); take another --out, "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedsim import checks
-from fedsim.layers import Residual, SelfAttention
+from fedsim.layers import encoder
 
 
 class LastToken(nn.Module):
@@ -90,14 +90,5 @@ class TextClassifier:
             raise ValueError(
                 f"TextClassifier: input_shape = {input_shape} must be (context,), samples of tokens"
             )
-        inner = self.mlp * self.width
-        blocks: list[nn.Module] = []
-        for _ in range(self.layers):
-            attention = SelfAttention(self.width, self.heads)
-            network = [nn.Linear(self.width, inner), nn.GELU(), nn.Linear(inner, self.width)]
-            blocks += [
-                Residual(nn.Sequential(nn.LayerNorm(self.width), attention), nn.Identity()),
-                Residual(nn.Sequential(nn.LayerNorm(self.width), *network), nn.Identity()),
-            ]
-        body = nn.Sequential(*blocks, nn.LayerNorm(self.width))
+        body = encoder(self.layers, self.width, self.heads, self.mlp)
         return LastToken(self.vocabulary, input_shape[0], self.width, body, num_outputs)

@@ -133,6 +133,8 @@ def mean(rows: Stack, weight: Tensor) -> Tree:
     Tree
         Leaves ``[*]``.
     """
+    if len(weight) == 1:
+        return take(rows, 0)
     w = weight / weight.sum()
 
     def average(x: Tensor) -> Tensor:

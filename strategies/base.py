@@ -7,9 +7,9 @@ of the four verbs, so that ``FedAvg().start(grid, initial_arrays=...)`` works in
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, Self, final
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -38,8 +38,20 @@ State = dict[str, Tree]
 Broadcast = dict[str, Tree]
 """What the server sends to the workers: trees by channel."""
 
+Follower = Callable[[Stack, slice], Stack]
+"""What is done after a local step to the rows of the workers at some positions; it may change them in place."""
 
-class Report(NamedTuple):
+
+class _Columns(NamedTuple):
+    worker: Tensor
+    loss: Tensor
+    weight: Tensor
+    steps: Tensor
+    gradients: Tensor
+    idle: Tensor
+
+
+class Report(_Columns):
     """What workers tell besides their rows; all of shape ``[m]``, one entry a row, by ascending worker.
 
     Attributes
@@ -55,13 +67,24 @@ class Report(NamedTuple):
         Local steps made, int64.
     gradients : Tensor
         Gradients computed, int64.
+    idle : Tensor
+        Those of the local steps that computed no gradient, such as pseudo-synchronisations, int64; 0 by default.
     """
 
-    worker: Tensor
-    loss: Tensor
-    weight: Tensor
-    steps: Tensor
-    gradients: Tensor
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        worker: Tensor,
+        loss: Tensor,
+        weight: Tensor,
+        steps: Tensor,
+        gradients: Tensor,
+        idle: Tensor | None = None,
+    ) -> Self:
+        """Count no idle steps unless told."""
+        idle = torch.zeros_like(steps) if idle is None else idle
+        return super().__new__(cls, worker, loss, weight, steps, gradients, idle)
 
 
 class Score(NamedTuple):
@@ -93,12 +116,21 @@ class Traffic(NamedTuple):
         Single numbers that each worker sends.
     trips : int
         Questions and answers, one after the other.
+    entries : int or None
+        Entries of a row that are sent, where that is a part of them; None for all.
+    overlap : int
+        Local steps that workers make meanwhile: what takes no longer than these costs no time.
+    row : int or None
+        Bytes of a row on its way up, where it is compressed; None for those of its entries.
     """
 
     up: int
     down: int
     numbers: int = 0
     trips: int = 1
+    entries: int | None = None
+    overlap: int = 0
+    row: int | None = None
 
 
 class Rule(Strategy):
@@ -120,6 +152,12 @@ class Rule(Strategy):
         Workers may come one at a time (see `exchange`).
     ranks_first : bool
         Workers are scored before their first step too.
+    asks : bool
+        Workers are asked before their local steps: each tells as loss what a first step of its rule would tell and
+        stays where it is; the steps then begin with what `inform` makes of that. They keep neither rows nor states.
+    carries : tuple of str
+        Entries of the local rule's state, trees like the model, that workers send with their rows: `merge` finds them
+        there as leaves ``<entry>/<parameter>``. Only fedsim's own clients do.
     reported : str
         What the reported model is called among those of `models`; empty if it has no such name.
     """
@@ -130,6 +168,8 @@ class Rule(Strategy):
     recovers: ClassVar[bool] = False
     asynchronous: ClassVar[bool] = False
     ranks_first: ClassVar[bool] = False
+    asks: ClassVar[bool] = False
+    carries: ClassVar[tuple[str, ...]] = ()
     reported: ClassVar[str] = ""
 
     @property
@@ -138,8 +178,8 @@ class Rule(Strategy):
         return None
 
     @property
-    def follows(self) -> Literal["never", "first", "every"]:
-        """After which local steps of a round `follow` is called."""
+    def follows(self) -> Literal["never", "first", "every"] | int:
+        """After which local steps of a round `follow` is called; a number, from 1, for one of them."""
         return "never"
 
     def init(self, theta: Tree, num_workers: int) -> tuple[State, Broadcast]:
@@ -169,6 +209,10 @@ class Rule(Strategy):
             Nothing is changed in place.
         """
 
+    def inform(self, broadcast: Broadcast, report: Report) -> Broadcast:
+        """Return the broadcast with which local steps begin, given what workers told when asked (see ``asks``)."""
+        return broadcast
+
     def choose(self, state: State, report: Report) -> Tensor:
         """Name the workers whose rows alone `merge` needs where ``upload`` is "chosen": ids, ascending, ``[k]``."""
         return report.worker
@@ -176,6 +220,10 @@ class Rule(Strategy):
     def exchange(self, state: State, rows: Stack, report: Report) -> tuple[State, Broadcast]:
         """Merge one worker that has come on its own, ``m = 1``; the broadcast is for this worker."""
         return self.merge(state, rows, report)
+
+    def depart(self, state: State, worker: int) -> State:
+        """Note that a worker that comes on its own is sent off with what the server has now."""
+        return state
 
     def adopt(self, row: Tree, broadcast: Broadcast, worker: Tensor) -> Tree:
         """Return the row with which ``worker`` goes on; written for one worker, batched by the engine."""
@@ -204,6 +252,28 @@ class Rule(Strategy):
         """
         return row
 
+    def follower(self, anchor: Stack, broadcast: Broadcast, worker: Tensor, period: int) -> Follower:
+        """Return `follow` for all workers of a round at once; override it where that is faster.
+
+        Parameters
+        ----------
+        anchor : Stack
+            Rows at the start of the round, leaves ``[m, *]``.
+        broadcast : dict of str to Tree
+            What the server last sent.
+        worker : Tensor
+            ``[m]`` ids.
+        period : int
+            Local steps of a round, 0 if they are counted in epochs.
+
+        Returns
+        -------
+        callable
+            ``(rows, positions) -> rows``; it may change the rows in place.
+        """
+        batched = torch.vmap(self.follow, in_dims=(0, 0, None, 0, None))
+        return lambda rows, at: batched(rows, tree.take(anchor, at), broadcast, worker[at], period)
+
     def model(self, state: State, rows: Stack) -> Tree:
         """Return the model that is evaluated and saved, given the rows after adoption."""
         return state["model"]
@@ -211,6 +281,14 @@ class Rule(Strategy):
     def models(self, state: State, rows: Stack, report: Report) -> dict[str, Tree]:
         """Return further models to evaluate, by name, given the rows after adoption and the scores."""
         return {}
+
+    def curvature(self, state: State) -> int:
+        """Say how many dominant Hessian eigenvectors at the new model `learn` waits for, after `init` or a `merge`."""
+        return 0
+
+    def learn(self, state: State, broadcast: Broadcast, basis: Stack) -> tuple[State, Broadcast]:
+        """Take in the eigenvectors that `curvature` asked for, of the whole training loss: leaves ``[k, *]``, orthonormal."""
+        return state, broadcast
 
     def traffic(self, broadcast: Broadcast, num_workers: int) -> Traffic | None:
         """Say what a sync sends; None for a row up and the whole broadcast down, for each worker."""
@@ -243,16 +321,17 @@ class Rule(Strategy):
         Raises
         ------
         ValueError
-            If the strategy acts in local steps (see `follows`), which other ClientApps do not know.
+            If the strategy acts in local steps (see `follows`) or sends more than a model, which other ClientApps do not know.
         """
         online = sorted(grid.get_node_ids())
         if server_round == 1:
-            if self.follows != "never":
+            theta = from_record(arrays)
+            state, broadcast = self.init(floating(theta), len(online))
+            more = not self.keeps_rows and broadcast.keys() != {"model"}
+            if self.follows != "never" or self.asks or self.carries or more:
                 raise ValueError(
                     f"{self!r} acts in the workers' local steps, which only fedsim's own ClientApp makes"
                 )
-            theta = from_record(arrays)
-            state, broadcast = self.init(floating(theta), len(online))
             object.__setattr__(self, "_session", _Session(online, theta, state, broadcast))
         session = self._session_of()
         settings = ConfigRecord(dict(config) | {"server-round": server_round})

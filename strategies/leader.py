@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsim import checks, tree
 from fedsim.tree import Stack, Tree
-from strategies.base import Broadcast, Report, Rule, Score, State, Traffic
+from strategies.base import Broadcast, Follower, Report, Rule, Score, State, Traffic
 
 BY = ("running_train", "fresh_batch", "full_batch", "shared_val")
 
@@ -252,12 +252,20 @@ class LeaderSGD(_Led):
             return row
         return _towards(row, broadcast["model"], lead["pull_global"], worker == lead["best"])
 
-    def follow(self, row: Tree, anchor: Tree, broadcast: Broadcast, worker: Tensor, period: int) -> Tree:
-        """Make the stale pulls, first to the best of all."""
-        leader, _, _ = self._local(broadcast, worker)
-        if "stale" in broadcast:
-            row = tree.lerp(row, broadcast["stale"], self.prox_global / (self.global_every * period))
-        return tree.lerp(row, leader, self.prox / period)
+    def follower(self, anchor: Stack, broadcast: Broadcast, worker: Tensor, period: int) -> Follower:
+        """Make the stale pulls, first to the best of all; whose leader is whose is looked up once a round."""
+        first, own = broadcast.get("stale"), broadcast["model"]
+        if self.groups > 1:
+            own = tree.take(broadcast["leaders"], worker // broadcast["lead"]["size"])
+
+        def pulled(rows: Stack, at: slice) -> Stack:
+            if first is not None:
+                _draw(rows, first, self.prox_global / (self.global_every * period))
+            if self.prox:
+                _draw(rows, tree.take(own, at) if self.groups > 1 else own, self.prox / period)
+            return rows
+
+        return pulled
 
 
 @dataclass(frozen=True)
@@ -314,6 +322,12 @@ def _towards(row: Tree, leader: Tree, pull: Tensor, leads: Tensor) -> Tree:
     """Move a row towards a leader, and leave the leader itself exactly where it is."""
     share = torch.where(leads, 0.0, pull)
     return tree.tree_map(lambda x, z: torch.lerp(x, z, share.to(x.dtype)), row, leader)
+
+
+def _draw(rows: Stack, leader: Tree, share: float) -> None:
+    """Move all rows, in place, towards one leader or each towards its own."""
+    for k, x in rows.items():
+        x.lerp_(leader[k], share)
 
 
 def _minus(row: Tree, pull: Tensor, at: Tree, leader: Tree) -> Tree:

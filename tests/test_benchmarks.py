@@ -17,6 +17,7 @@ from benchmarks.nets import build
 from benchmarks.problem import Problem, milliseconds_a_round
 from benchmarks.readme import replace_section
 from benchmarks.speed import IMPLEMENTATIONS
+from benchmarks.syncs import STRATEGIES, measure
 from benchmarks.workloads import Workload, problem, workloads
 from fedsim import Experiment
 from fedsim.federation import load
@@ -156,3 +157,9 @@ def test_only_a_marked_section_is_replaced() -> None:
     assert replace_section(text, "speed", "new\n") == text.replace("old", "new")
     with pytest.raises(ValueError, match="growth:begin"):
         replace_section(text, "growth", "new")
+
+
+def test_syncs_are_measured_side_by_side() -> None:
+    found = measure(STRATEGIES, 2, 8)
+    assert list(found) == list(STRATEGIES)
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in found.values())

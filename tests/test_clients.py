@@ -1,5 +1,6 @@
 """Laws, references and golden vectors of the local rules: one table, a newcomer adds a row to `TABLE`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +8,30 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toys import quadratics, registered
 
-from clients import SGD, AdamW, LocalRule, Nesterov, Oracle, Prox, State, Told, told
+import fedsim
+from clients import (
+    PALSGD,
+    SAM,
+    SASAM,
+    SGD,
+    AdamW,
+    AdaptiveSGD,
+    Clipped,
+    Controlled,
+    Fresh,
+    Guided,
+    LocalRule,
+    Nesterov,
+    Oracle,
+    Prox,
+    State,
+    StepDecay,
+    Told,
+    WarmupCosine,
+    told,
+)
 from fedsim import tree
 from fedsim.tree import Stack, Tree
 
@@ -25,6 +48,31 @@ TABLE: list[LocalRule] = [
     Prox(SGD(lr=0.1), mu=0.4),
     Prox(AdamW(lr=0.01), mu=0.4),
     Prox(Prox(SGD(lr=0.1, momentum=0.9), mu=0.1), mu=0.3),
+    PALSGD(SGD(lr=0.1), p=0.24, mix=0.5),
+    PALSGD(AdamW(lr=0.01), p=0.24, mix=2.0, first_tensor_only=True, coin_seed=0),
+    Fresh(SGD(lr=0.1, momentum=0.9)),
+    Fresh(AdamW(lr=0.01)),
+    Controlled(SGD(lr=0.1)),
+    Controlled(AdamW(lr=0.01)),
+    Clipped(SGD(lr=0.1), norm=0.5),
+    Clipped(Prox(AdamW(lr=0.01), mu=0.4), norm=0.1),
+    WarmupCosine(SGD(lr=0.1), warmup=3, total=8, floor=0.1),
+    WarmupCosine(Clipped(AdamW(lr=0.01)), warmup=2, total=20),
+    StepDecay(SGD(lr=0.1, weight_decay=0.2), at=(2, 5)),
+    StepDecay(Prox(SGD(lr=0.1, momentum=0.9), mu=0.1), at=(3,), factor=0.5),
+    WarmupCosine(WarmupCosine(SGD(lr=0.1, momentum=0.9), total=5), warmup=1, total=6),
+    SAM(SGD(lr=0.1), rho=0.2),
+    SAM(SAM(AdamW(lr=0.01), rho=0.1), rho=0.2, adaptive=True, asam_eta=0.2),
+    Prox(SAM(Clipped(SGD(lr=0.1, momentum=0.9), norm=0.5)), mu=0.3),
+    Guided(SGD(lr=0.1, momentum=0.9), alpha=0.3),
+    SAM(Guided(SGD(lr=0.1), alpha=0.5), rho=0.2),
+    AdaptiveSGD(eta0=0.1),
+    AdaptiveSGD(eta0=0.1, preset="delta_algorithm", weight_decay=0.1, persistent=True),
+    Clipped(AdaptiveSGD(preset="delta_released", first="eta0", growth=0.3), norm=0.5),
+    SASAM(eta0=0.1),
+    SASAM(eta0=0.1, preset="transcription"),
+    SASAM(preset="released", rho_max=0.5, damping=2.0, weight_decay=0.1),
+    SASAM(preset="federated", rho_lag=True, persistent=True),
 ]
 every_rule = pytest.mark.parametrize("rule", TABLE, ids=repr)
 
@@ -62,8 +110,9 @@ def make_oracle(loss: Loss, x: Tensor, anchor: Tree, t: int = 0) -> Oracle:
     def grad(theta: Tree) -> tuple[Tree, Tensor]:
         return torch.func.grad_and_value(loss)(theta, x)
 
-    u = torch.tensor(0.25 + 0.05 * t, dtype=torch.float64)
-    return Oracle(grad, anchor, {"model": anchor}, torch.tensor(t), u)
+    u = torch.tensor((0.25 + 0.37 * t) % 1, dtype=torch.float64)
+    broadcast = {"model": anchor, "control": tree.scale(0.3, anchor), "displacement": tree.scale(0.02, anchor)}
+    return Oracle(grad, anchor, broadcast, torch.tensor(t), u)
 
 
 def walk(rule: LocalRule, loss: Loss, theta: Tree, data: Tensor) -> tuple[Tree, State, Tensor, Tensor]:
@@ -111,13 +160,20 @@ def test_nothing_is_changed_in_place(rule: LocalRule) -> None:
         assert_close(arguments, before, tolerance=0.0)
 
 
+def cost(rule: Any) -> int:
+    """Return the gradients of a step."""
+    own = {AdaptiveSGD: 2, SASAM: 3}.get(type(rule), 1)
+    inner = getattr(rule, "inner", None)
+    return own if inner is None else cost(inner) * (2 if isinstance(rule, SAM) else 1)
+
+
 @every_rule
-def test_a_step_tells_the_loss_before_it_and_one_gradient(rule: LocalRule) -> None:
+def test_a_step_tells_the_loss_before_it_and_its_gradients(rule: LocalRule) -> None:
     loss, rows, data = make_rows("mlp")
     theta = tree.take(rows, 0)
     _, _, said = rule.step(theta, rule.init(theta), make_oracle(loss, data[0, 0], tree.take(rows, 1)))
     assert_close(said.loss, loss(theta, data[0, 0]))
-    assert said.gradients.item() == 1
+    assert said.gradients.item() == cost(rule)
     assert said.loss.shape == said.gradients.shape == ()
 
 
@@ -186,6 +242,115 @@ def test_prox_of_0_is_its_inner_rule(inner: LocalRule, name: str) -> None:
         alone = walk(inner, loss, tree.take(rows, i), data[i])
         for a, b in zip(with_prox, alone, strict=True):
             assert_close(a, b, tolerance=0.0)
+
+
+@pytest.mark.parametrize("norm", [0.05, 0.5, 1e9])
+def test_clipped_is_clip_grad_norm_of_torch(norm: float) -> None:
+    loss, rows, data = make_rows("mlp")
+    theta = tree.take(rows, 0)
+    leaves = {k: x.clone().requires_grad_() for k, x in theta.items()}
+    optimizer = torch.optim.AdamW([*leaves.values()], lr=0.02)
+    for t in range(NUM_STEPS):
+        optimizer.zero_grad()
+        loss(leaves, data[0, t]).backward()
+        torch.nn.utils.clip_grad_norm_(leaves.values(), norm)
+        optimizer.step()
+    found = walk(Clipped(AdamW(lr=0.02), norm=norm), loss, theta, data[0])[0]
+    assert_close(found, tree.tree_map(torch.detach, leaves))
+
+
+def test_a_clipped_step_is_as_long_as_the_norm_at_most() -> None:
+    loss, rows, data = make_rows("mlp")
+    theta = tree.take(rows, 0)
+    oracle = make_oracle(loss, data[0, 0], theta)
+    length = tree.norm(oracle.grad(theta)[0]).item()
+    for norm in (0.5 * length, 2 * length):
+        rule = Clipped(SGD(lr=1.0), norm=norm)
+        step = tree.sub(rule.step(theta, rule.init(theta), oracle)[0], theta)
+        assert tree.norm(step).item() == pytest.approx(min(norm, length), rel=1e-5)
+
+
+def test_prox_outside_of_a_clip_is_clipped_and_inside_is_not() -> None:
+    loss, rows, data = make_rows("mlp")
+    theta = tree.take(rows, 0)
+    oracle = make_oracle(loss, data[0, 0], tree.scale(0.0, theta))
+    gradient = oracle.grad(theta)[0]
+
+    def clip(g: Tree) -> Tree:
+        return tree.scale(0.1 / (tree.norm(g) + 1e-6), g)
+
+    inside = tree.axpy(0.4, theta, clip(gradient))
+    outside = clip(tree.axpy(0.4, theta, gradient))
+    for rule, direction in (
+        (Clipped(Prox(SGD(lr=1.0), mu=0.4), norm=0.1), inside),
+        (Prox(Clipped(SGD(lr=1.0), norm=0.1), mu=0.4), outside),
+    ):
+        assert_close(rule.step(theta, rule.init(theta), oracle)[0], tree.sub(theta, direction))
+
+
+@every_model
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+@pytest.mark.parametrize("warmup", [2, 4])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_warmup_and_cosine_are_those_of_torch(kind: str, warmup: int, floor: float, name: str) -> None:
+    total, lr = 8, 0.05  # two steps are left for the end, where the factor stays as it is
+    loss, rows, data = make_rows(name)
+    theta = tree.take(rows, 0)
+    leaves = {k: x.clone().requires_grad_() for k, x in theta.items()}
+    inner: LocalRule = SGD(lr, 0.9, weight_decay=0.1) if kind == "SGD" else AdamW(lr, weight_decay=0.1)
+    values = [*leaves.values()]
+    optimizer = torch.optim.AdamW(values, lr, weight_decay=0.1)
+    if kind == "SGD":
+        optimizer = torch.optim.SGD(values, lr, momentum=0.9, weight_decay=0.1)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+    for t in range(NUM_STEPS):
+        if t == warmup:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
+            rising = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup, floor * lr)
+        optimizer.zero_grad()
+        loss(leaves, data[0, t]).backward()
+        optimizer.step()
+        if t < total:
+            rising.step()
+    found = walk(WarmupCosine(inner, warmup, total, floor), loss, theta, data[0])[0]
+    assert_close(found, tree.tree_map(torch.detach, leaves))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_step_decay_is_that_of_torch(momentum: float) -> None:
+    loss, rows, data = make_rows("quadratic")
+    theta = tree.take(rows, 0)
+    leaves = {k: x.clone().requires_grad_() for k, x in theta.items()}
+    optimizer = torch.optim.SGD([*leaves.values()], 0.05, momentum=momentum, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 6], gamma=0.2)
+    for t in range(NUM_STEPS):
+        optimizer.zero_grad()
+        loss(leaves, data[0, t]).backward()
+        optimizer.step()
+        schedule.step()
+    inner = SGD(0.05, momentum, weight_decay=0.1)
+    found = walk(StepDecay(inner, at=(3, 6), factor=0.2), loss, theta, data[0])[0]
+    assert_close(found, tree.tree_map(torch.detach, leaves))
+
+
+def test_factors_of_warmup_and_cosine() -> None:
+    factor = WarmupCosine(warmup=2, total=6, floor=0.2).factor(torch.arange(9, dtype=torch.float64))
+    falling = [0.2 + 0.4 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
+    assert factor.tolist() == pytest.approx([0.5, 1.0, *falling, 0.2, 0.2], abs=1e-15)
+    assert WarmupCosine(total=3).factor(torch.tensor(0.0)).item() == 1
+
+
+def test_a_schedule_goes_on_in_the_next_round() -> None:
+    loss, rows, data = make_rows("mlp")
+    rule = WarmupCosine(AdamW(lr=0.05), warmup=3, total=2 * NUM_STEPS)
+    theta, state = tree.take(rows, 0), rule.init(tree.take(rows, 0))
+    for i in range(2):
+        for t in range(NUM_STEPS):  # the oracle counts from 0 again
+            theta, state, _ = rule.step(theta, state, make_oracle(loss, data[i, t], theta, t))
+    assert state["count"].item() == 2 * NUM_STEPS
+    still, _, _ = rule.step(theta, state, make_oracle(loss, data[0, 0], theta))
+    assert_close(still, theta, tolerance=0.0)
 
 
 def test_prox_is_sgd_with_weight_decay_towards_an_anchor_at_0() -> None:
@@ -306,9 +471,56 @@ def test_prox_regularises_every_gradient_that_is_asked_for() -> None:
         (lambda: AdamW(beta2=-0.5), r"AdamW: beta2 = -0\.5 must be in \[0, 1\)"),
         (lambda: AdamW(eps=0.0), r"AdamW: eps = 0\.0 must be > 0"),
         (lambda: AdamW(weight_decay=-1.0), r"AdamW: weight_decay = -1\.0 must be >= 0"),
+        (lambda: SAM(rho=-0.1), r"SAM: rho = -0\.1 must be >= 0"),
+        (lambda: SAM(asam_eta=-1.0), r"SAM: asam_eta = -1\.0 must be >= 0"),
+        (lambda: Guided(alpha=0.0), r"Guided: alpha = 0\.0 must be > 0"),
+        (lambda: Guided(alpha=2.0), r"Guided: alpha = 2\.0 must be in \(0, 1\]"),
+        (lambda: Guided(AdaptiveSGD()), r"Guided: inner = AdaptiveSGD\(.*\) has no learning rate lr"),
+        (lambda: AdaptiveSGD(eta0=0.0), r"AdaptiveSGD: eta0 = 0\.0 must be > 0"),
+        (lambda: AdaptiveSGD(eta0=math.inf), "AdaptiveSGD: eta0 = inf must be finite"),
+        (lambda: AdaptiveSGD(growth=-1.0), r"AdaptiveSGD: growth = -1\.0 must be >= 0"),
+        (lambda: AdaptiveSGD(preset="sam"), "AdaptiveSGD: preset = 'sam' must be one of 'safe', .*"),
+        (lambda: SASAM(preset="delta_released"), "SASAM: preset = 'delta_released' must be one of 'safe', .*"),
+        (lambda: SASAM(damping=0.0), r"SASAM: damping = 0\.0 must be > 0"),
+        (lambda: SASAM(**{"first": "last"}), "SASAM: first = 'last' must be one of 'eta0', 'grow'"),
+        (
+            lambda: WarmupCosine(Prox(AdaptiveSGD())),
+            r"WarmupCosine: inner = .* must have a learning rate of its own; AdaptiveSGD adapts its step, .*",
+        ),
+        (lambda: StepDecay(SASAM()), r"StepDecay: inner = .* of its own; SASAM adapts its step, .*"),
         (lambda: Prox(mu=-0.1), r"Prox: mu = -0\.1 must be >= 0"),
+        (lambda: Clipped(norm=0.0), r"Clipped: norm = 0\.0 must be > 0"),
+        (lambda: StepDecay(at=()), r"StepDecay: at = \(\) must be ascending numbers of steps >= 1"),
+        (lambda: StepDecay(at=(5, 5)), r"StepDecay: at = \(5, 5\) must be ascending numbers of steps >= 1"),
+        (lambda: StepDecay(at=(0,)), r"StepDecay: at = \(0,\) must be ascending numbers of steps >= 1"),
+        (lambda: StepDecay(factor=0.0), r"StepDecay: factor = 0\.0 must be > 0"),
+        (lambda: StepDecay(factor=1.5), r"StepDecay: factor = 1\.5 must be in \(0, 1\]"),
+        (lambda: WarmupCosine(warmup=-1), r"WarmupCosine: warmup = -1 must be >= 0"),
+        (lambda: WarmupCosine(floor=1.5), r"WarmupCosine: floor = 1\.5 must be in \[0, 1\]"),
+        (
+            lambda: WarmupCosine(warmup=5, total=5),
+            "WarmupCosine: total = 5 must be > warmup = 5, the steps of the whole run",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(make: Callable[[], LocalRule], text: str) -> None:
     with pytest.raises(ValueError, match=f"^{text}$"):
         make()
+
+
+# ------------------------------------------------------------------------------------ schedules and rounds
+
+
+@pytest.mark.parametrize("plan", ["stacked", "vmap", "loop"])
+def test_a_schedule_over_two_rounds_is_that_of_one_round_of_all_steps(plan: str) -> None:
+    def model(rounds: int, steps: int) -> Tree:
+        experiment = quadratics(
+            data="Quadratics(a=(0.5,), b=(2.0,), rows=(1,))", num_workers=1, rounds=rounds, local_steps=steps,
+            client="WarmupCosine(Clipped(AdamW(lr=0.2), norm=0.5), warmup=2, total=6)", plan=plan,
+            strategy="DiLoCo(lr=1.0, momentum=0.0)",
+        )  # fmt: skip
+        *_, (last, _) = fedsim.rounds(experiment)
+        return last.model
+
+    with registered():
+        assert_close(model(2, 3), model(1, 6))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import sys
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from fedsim.data import (
     hub,
     sources,
 )
+from fedsim.data.byte_pairs import BytePairs
 from fedsim.data.columns import Columns
 from fedsim.data.text import windows
 
@@ -157,6 +160,61 @@ def test_too_little_text(context: int, rows: int | None) -> None:
     message = "context = 180 leaves no window" if rows is None else "rows = 90 is larger than the 89 windows"
     with pytest.raises(ValueError, match=message):
         windows("ab" * 100, None, context=context, rows=rows, name="ab")
+
+
+SAID = "First Citizen:\n  Before we  proceed any further, hear me speak.\n\n\nAll:\nSpeak, speak. " * 3
+
+
+def test_pieces_of_words_join_to_the_text_and_begin_where_they_say() -> None:
+    pytest.importorskip("tokenizers", reason="needs the extra fedsim[text]")
+    pairs = BytePairs(SAID, 60)
+    tokens, starts = pairs.encode(SAID)
+    pieces = [pairs.pieces[i] for i in tokens]
+    assert "".join(pieces) == SAID
+    assert all(SAID.startswith(piece, i) for piece, i in zip(pieces, starts, strict=True))
+    assert len(pairs.pieces) == 60
+    assert len(tokens) < len(SAID)
+    assert len(pairs.encode("")[0]) == 0
+    assert [pairs.pieces[i] for i in pairs.encode("s\u00e9")[0]] == ["s"]
+
+
+def test_the_most_frequent_pair_is_joined_first() -> None:
+    pytest.importorskip("tokenizers", reason="needs the extra fedsim[text]")
+    assert BytePairs("abab abc bc", 5).pieces == (" ", "a", "b", "c", "ab")
+
+
+def test_as_many_pieces_as_characters_are_the_characters() -> None:
+    pytest.importorskip("tokenizers", reason="needs the extra fedsim[text]")
+    size = len(set(SAID[: int(0.9 * len(SAID))]))
+    pieces, characters = (windows(SAID, None, context=5, rows=20, name="a", vocabulary=v) for v in (size, 0))
+    assert pieces.labels == characters.labels
+    for name in ("x", "y", "test_x", "test_y"):
+        assert torch.equal(getattr(pieces, name), getattr(characters, name))
+
+
+def test_windows_of_pieces_stay_within_a_worker() -> None:
+    pytest.importorskip("tokenizers", reason="needs the extra fedsim[text]")
+    owner = np.array([0] * 6 + [1] * 8)
+    # The pieces are aa and four times " aa", which begin at 0, 2, 5, 8, 11: the second window has two workers.
+    data = windows(
+        "aa " * 4 + "aa", "aa", context=2, rows=None, name="two", vocabulary=4, worker_of_character=owner
+    )
+    assert data.workers is not None
+    assert data.workers.tolist() == [0]
+    assert [data.labels[i] for i in data.x[0].tolist()] == ["aa", " aa"]
+    assert [data.labels[i] for i in data.y[0].tolist()] == [" aa", " aa"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_bad_vocabularies_are_one_line(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"^vocabulary = 3 must be 0, or at least the \d+ characters of the text$"
+    if installed:
+        pytest.importorskip("tokenizers", reason="needs the extra fedsim[text]")
+    else:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+        message = r"^a byte-pair vocabulary needs tokenizers: install the extra fedsim\[text\], or set vocabulary = 0$"
+    with pytest.raises(ValueError if installed else ModuleNotFoundError, match=message):
+        windows(SAID, None, context=4, rows=None, name="said", vocabulary=3)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------
@@ -328,6 +386,19 @@ def test_folder_of_text(tmp_path: Path) -> None:
     assert "".join(few.labels[i] for i in few.x.flatten()) == text[:15]
 
 
+def test_folder_of_text_in_pieces(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="needs the extra fedsim[text]")
+    pytest.importorskip("datasets", reason="needs the extra fedsim[data]")
+    (tmp_path / "t").mkdir()
+    text = "to be or not\nto be\n\nthat is\n" * 40
+    (tmp_path / "t" / "input.txt").write_text(text)
+    data = Folder(str(tmp_path / "t"), context=5, vocabulary=20).load(0, 1)
+    assert same(data, windows(text.rstrip("\n"), None, context=5, rows=None, name="t", vocabulary=20))
+    few = Folder(str(tmp_path / "t"), context=5, rows=3, vocabulary=20).load(0, 1)
+    assert len(few.x) == 3
+    assert text.startswith("".join(few.labels[i] for i in few.x.flatten()))
+
+
 def test_text_of_natural_workers(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="needs the extra fedsim[data]")
     table(tmp_path / "t" / "train.parquet", text=["bb", "aaaa", "bbb"], who=["y", "x", "y"])
@@ -482,6 +553,10 @@ def test_short_names_read_fedsim_data(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path))
     table(tmp_path / "tinystories" / "train.parquet", text=["once", "upon a time"])
     table(tmp_path / "tinystories" / "validation.parquet", text=["a time upon"])
+    if importlib.util.find_spec("tokenizers") is not None:
+        pieces = TinyStories(context=1, rows=4, vocabulary=13).load(0, 1)
+        assert pieces.num_outputs == 13
+        assert "once\nupon".startswith("".join(pieces.labels[i] for i in pieces.x.flatten()))
     data = TinyStories(context=3, rows=4).load(0, 1)
     assert "".join(data.labels[i] for i in data.x.flatten()) == "once\nupon a "
     assert "".join(data.labels[i] for i in data.test_x.flatten()) == "a t"
@@ -540,6 +615,9 @@ def test_tinyshakespeare() -> None:
         (lambda: TinyStories(rows=0), "TinyStories: rows = 0 must be >= 1"),
         (lambda: Hub("a/b", rows=0), "Hub: rows = 0 must be >= 1"),
         (lambda: Folder(".", context=0), "Folder: context = 0 must be >= 1"),
+        (lambda: Folder(".", vocabulary=-1), "Folder: vocabulary = -1 must be >= 0"),
+        (lambda: TinyShakespeare(vocabulary=-1), "TinyShakespeare: vocabulary = -1 must be >= 0"),
+        (lambda: TinyStories(vocabulary=-1), "TinyStories: vocabulary = -1 must be >= 0"),
     ],
 )
 def test_bad_arguments(make: Any, message: str) -> None:

@@ -288,21 +288,26 @@ def test_mixed_limit_reduces_to_its_ends():
     np.testing.assert_allclose(limit.finite, finite_minimiser(noisy), atol=1e-12)
 
 
-def test_derivatives_and_bias_formula():
+@pytest.mark.parametrize("loss", ["logistic", "exponential"])
+def test_derivatives_and_bias_formula(loss):
     zs = signed(non_separable())
     w, step = np.full(5, 0.2), 1e-5 * np.eye(5)
+
+    def value(z: np.ndarray, at: np.ndarray) -> np.ndarray:
+        return D.federated_loss([z], at, loss=loss)
+
     for i, z in enumerate(zs):
-        slope = [(D.federated_loss([z], w + e) - D.federated_loss([z], w - e)) / 2e-5 for e in step]
-        bend = [(gradients([z], w + e) - gradients([z], w - e))[0] / 2e-5 for e in step]
-        np.testing.assert_allclose(gradients(zs, w)[i], slope, atol=1e-9)
-        np.testing.assert_allclose(hessians(zs, w)[i], bend, atol=1e-9)
+        slope = [(value(z, w + e) - value(z, w - e)) / 2e-5 for e in step]
+        bend = [(gradients([z], w + e, loss) - gradients([z], w - e, loss))[0] / 2e-5 for e in step]
+        np.testing.assert_allclose(gradients(zs, w, loss)[i], slope, atol=1e-8)
+        np.testing.assert_allclose(hessians(zs, w, loss)[i], bend, atol=1e-8)
     for p in ("uniform", (0.4, 0.3, 0.2, 0.1)):
-        star = finite_minimiser(zs, p)
-        assert np.linalg.norm(D.node_weights(zs, p) @ gradients(zs, star)) < 1e-12
-        np.testing.assert_array_equal(first_order_bias(zs, star, 0.1, 1, p), 0)
+        star = finite_minimiser(zs, p, loss)
+        assert np.linalg.norm(D.node_weights(zs, p) @ gradients(zs, star, loss)) < 1e-12
+        np.testing.assert_array_equal(first_order_bias(zs, star, 0.1, 1, p, loss), 0)
     same = [zs[0]] * 3
-    star = finite_minimiser(same)
-    assert np.linalg.norm(first_order_bias(same, star, 0.1, 10)) < 1e-11
+    star = finite_minimiser(same, loss=loss)
+    assert np.linalg.norm(first_order_bias(same, star, 0.1, 10, loss=loss)) < 1e-11
 
 
 def test_reference_points_are_the_nodes_own_answers():

@@ -387,16 +387,31 @@ def figures(**changes) -> list[dict[str, Any]]:
 
 def test_probe_reports_what_the_analysis_says():
     lines = figures(probes="Disagreement(capacity=12, hessian_every=3)", client="Prox(SGD(lr=0.05), mu=0.0)")
-    assert [len(line) for line in lines] == [7, 7, 16, 7, 7, 16]
+    assert [len(line) for line in lines] == [7, 7, 25, 7, 7, 25]
     assert [line["rank"] for line in lines] == [4, 8, 10, 10, 10, 10]
     assert [line["buffered_rounds"] for line in lines] == [1, 2, 3, 3, 3, 3]
     at = checkpoints(std(**TINY, probes="Disagreement(capacity=12)", client="SGD(lr=0.05)"), (6,))[0]
     whole, last = D.capture(at.gradient, at.pairs.vectors, subspace(at.buffer)), lines[-1]
-    for name in ("capture", "overlap", "suppression", "chi"):
+    for name in ("capture", "overlap", "suppression", "suppression_sq", "chi"):
         assert last[name] == pytest.approx(getattr(whole, name), rel=1e-6)
     assert last["lam_1"] == pytest.approx(at.pairs.values[0].item(), rel=1e-4)
     assert last["eta_lam1_tau"] == pytest.approx(0.05 * last["lam_1"] * 3)
     assert last["gap_mean"] <= last["consensus"] <= last["gap_max"]
+    assert last["angle_max"] == pytest.approx(math.degrees(whole.angles.max()), rel=1e-4)
+    assert last["angle_mean"] == pytest.approx(math.degrees(whole.angles.mean()), rel=1e-4)
+    assert last["residual"] < 1e-3
+    rival = D.gradient_subspace(at.problem, at.theta, 8, 10, 0, 6)
+    found = D.capture(at.gradient, at.pairs.vectors, rival)
+    for name in ("capture", "overlap", "suppression"):
+        assert last[f"{name}_gradients"] == pytest.approx(getattr(found, name), rel=1e-4)
+    some = D.minibatch_gradients(at.problem, at.theta, 8, 20, 0, 6)
+    assert last["chi_minibatch"] == pytest.approx(np.mean([D.chi(v, at.pairs.vectors) for v in some]))
+
+
+def test_full_gradients_have_no_rival():
+    (*_, last) = figures(probes="Disagreement(capacity=12, hessian_every=6)", partition="IID()", batch_size=0)
+    assert "capture" in last
+    assert not any("gradients" in name or "minibatch" in name for name in last)
 
 
 def test_probe_takes_the_weights_of_the_strategy():
@@ -436,7 +451,7 @@ def test_probe_resumes_exactly(tmp_path):
     fedsim.runs.run(experiment.replace({"rounds": 3, "out": str(tmp_path / "cut")}))
     resumed = fedsim.runs.resume(tmp_path / "cut", changes={"rounds": 6})
     columns = [c for c in whole.history if c.startswith("disagreement.")]
-    assert len(columns) == 16
+    assert len(columns) == 25
     assert whole.history[columns].equals(resumed.history[columns])
 
 
@@ -446,7 +461,9 @@ def test_probe_with_sketches():
     assert rough["rank"] == exact["rank"]
     assert abs(rough["capture"] - exact["capture"]) < 4 * (2 / 200) ** 0.5
     assert abs(rough["overlap"] - exact["overlap"]) < 4 * (2 / 200) ** 0.5
-    assert "suppression" not in rough
+    assert abs(rough["capture_gradients"] - exact["capture_gradients"]) < 4 * (2 / 200) ** 0.5
+    assert abs(rough["overlap_gradients"] - exact["overlap_gradients"]) < 4 * (2 / 200) ** 0.5
+    assert not any("suppression" in name or "angle" in name for name in rough)
 
 
 @pytest.mark.parametrize(

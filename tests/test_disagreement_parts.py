@@ -96,6 +96,11 @@ def test_kind_of_the_next_character():
             kinds.add(0 if follower in " \n" else 1 if follower.lower() in "aeiou" else 2)
             at = text.find(window, at + 1)
         assert y in kinds
+    ordered = NextKind(context=20, rows=300, in_order=True).load(0, 1)
+    rows = {tuple(row) for row in data.x.tolist()}
+    assert {tuple(row) for row in ordered.x.tolist()} == rows
+    begin = [text.find("".join(vocabulary[i] for i in row)) for row in ordered.x[:30].tolist()]
+    assert begin == sorted(begin)
     two = NextKind(context=20, rows=300, classes=2).load(5, 1)
     assert torch.equal(two.x, data.x)
     assert torch.equal(two.y, (data.y == 1).long())

@@ -89,6 +89,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num-wrkers": 3}, f"unknown key 'num-wrkers'; did you mean 'num-workers'? allowed: {KEYS}"),
     ({"xyzzy": 3}, f"unknown key 'xyzzy'; allowed: {KEYS}"),
     ({"num-workers": 0}, "num-workers = 0 must be >= 1"),
+    (
+        {"client": "Clipped(WarmupCosine(SGD(lr=0.1)))"},
+        "client = 'Clipped(WarmupCosine(SGD(lr=0.1)))': WarmupCosine counts a worker's steps in all rounds, but strategy "
+        "= 'FedAvg()' keeps nothing at workers; 'DiLoCo(lr=1.0, momentum=0.0)' averages and does",
+    ),
+    (
+        {"client": "StepDecay(SGD(lr=0.1))"},
+        "client = 'StepDecay(SGD(lr=0.1))': StepDecay counts a worker's steps in all rounds, but strategy = 'FedAvg()' "
+        "keeps nothing at workers; 'DiLoCo(lr=1.0, momentum=0.0)' averages and does",
+    ),
     ({"num-workers": 2.5}, "num-workers = 2.5 must be a whole number"),
     ({"num-workers": 2.0}, "num-workers = 2.0 must be a whole number"),
     ({"num-workers": "3"}, "num-workers = '3' must be a whole number"),

@@ -148,6 +148,12 @@ def test_truncated_span_keeps_the_largest():
     torch.testing.assert_close(q @ q.T, torch.diag(torch.tensor([0.0, 1.0, 1.0], dtype=F64)))
 
 
+def test_gaps_of_workers_that_agree_are_not_pushed():
+    rows = tree.replicate(tree.take(rows_of(2), 0), 4)
+    old = filled([4], 8)
+    assert push(old, gaps(rows, torch.ones(4)), 2, torch.arange(4), 8) is old
+
+
 def test_trees_and_back():
     buffer = with_gram(filled([4, 3, 5], 7))
     trees = tree.unflatten_nested(tree.flatten_nested(to_trees(buffer)))

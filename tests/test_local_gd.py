@@ -16,21 +16,29 @@ from engine_local_gd import Weighted, engine, federation_of, linear, models
 from reference_local_gd import reference, step_size
 
 import fedsim
-from clients import SGD, Projection
-from fedsim import BadInput, Experiment, tree
+from clients import SGD, LossNormalised, Projection, Prox, ScaledSGD
+from fedsim import BadInput, Experiment, compare, groups, overlays, runs, tree
 from fedsim.analysis import direction as D
 from fedsim.analysis.multiclass import multiclass_max_margin
-from fedsim.analysis.projections import halpern, parallel_projections, regression_limit, regression_trajectory
+from fedsim.analysis.projections import (
+    halpern,
+    loss_normalised_local_gd,
+    parallel_projections,
+    regression_limit,
+    regression_trajectory,
+)
 from fedsim.analysis.separability import finite_minimiser, first_order_bias
 from fedsim.cohort import Cohort
 from fedsim.data import Dataset, Digits, FrozenFeatures, Pair, Shards
 from fedsim.data.margin import linear_regression, non_separable
 from fedsim.federation import assemble, load
+from fedsim.plots import panels
 from fedsim.probes import Snapshot
 from fedsim.probes.direction import is_due
 from fedsim.rate_plots import fitted, overlay
 from fedsim.simulate import rounds
-from strategies import AnchoredAverage, FedAvg, LocalGD
+from fedsim.step_sizes import settle
+from strategies import AnchoredAverage, DualAcceleration, FedAvg, KnownLoss, LocalGD
 
 SETS = [(family, seed) for family in FAMILIES for seed in range(2)]
 FIRST = [("skew", 0)]
@@ -203,6 +211,91 @@ def test_regression_is_the_closed_form(local_steps):
     np.testing.assert_allclose(found, closed, atol=1e-9)
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+@pytest.mark.parametrize("local_steps", [1, 5])
+def test_loss_normalised_steps_are_those_of_the_analysis(local_steps, weighting, nodes):
+    uneven = [z[: len(z) - i] for i, z in enumerate(problem("skew", 0)[0])]
+    client, strategy = LossNormalised(ScaledSGD(c=0.5, mode="scaled")), KnownLoss(weighting=weighting)
+    e = linear(4, local_steps, 30, client, strategy, objective="Exponential()", nodes=nodes)
+    p = [len(z) for z in uneven] if weighting == "samples" else "uniform"
+    expected = loss_normalised_local_gd(uneven, local_steps, 30, p=p)
+    np.testing.assert_allclose(models(e, federation_of(e, uneven)), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_loss_normalised_steps_go_on_where_the_loss_is_no_number_any_more():
+    zs, z, answer = problem("skew", 0)
+    e = linear(4, 3, 4, LossNormalised(SGD(0.02)), KnownLoss(), objective="Exponential()")
+    federation = federation_of(e, zs)
+    w = 800 * answer.w_hat  # all margins are 800 or more: exp(-800) is 0
+    theta = tree.unflatten(torch.from_numpy(w), federation.theta)
+    *_, (snapshot, _) = rounds(e, federation._replace(theta=theta))
+    for _ in range(4):
+        log_all = float(np.logaddexp.reduce(-(z @ w))) - math.log(40)
+        rows = [w] * 4
+        for _ in range(3):
+            rows = [
+                v + 0.02 * np.exp(-(part @ v) - log_all) @ part / 10 for v, part in zip(rows, zs, strict=True)
+            ]
+        w = np.mean(rows, axis=0)
+    np.testing.assert_allclose(tree.flatten(snapshot.model), w, rtol=1e-9)
+    assert np.linalg.norm(w - 800 * answer.w_hat) > 0.1
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_dual_acceleration_is_the_method_on_all_rows(nodes):
+    zs, z, answer = problem("skew", 0)
+    uneven = [z[: len(z) - 2 * i] for i, z in enumerate(zs)]
+    rows = np.vstack(uneven)
+    rho = np.linalg.norm(rows, axis=1).max()
+    client = LossNormalised(SGD(lr=float(1 / rho**2)))
+    e = linear(4, 1, 60, client, DualAcceleration(), objective="Exponential()", nodes=nodes)
+    w, g, q, expected = np.zeros(20), np.zeros(20), np.full(len(rows), 1 / len(rows)), [np.zeros(20)]
+    for t in range(60):
+        v = q @ rows / rho
+        g = t / (t + 1) * (g + v)
+        w = w + g + v
+        expected.append(w / rho)
+        q = np.exp(-(rows @ w) / rho)
+        q /= q.sum()
+    np.testing.assert_allclose(models(e, federation_of(e, uneven)), expected, rtol=1e-10, atol=1e-13)
+    if nodes == 1:
+        full = e.replace({"rounds": 1000, "probes": "Direction(per_decade=1)"})
+        *_, (snapshot, _) = rounds(full, federation_of(full, zs))
+        w = tree.flatten(snapshot.model).numpy()
+        assert D.cosd(w, answer.w_hat) < 3e-6
+        assert (z @ w).min() > 745  # where the loss itself is 0
+        assert "direction.invariant" not in told(snapshot)
+
+
+@pytest.mark.parametrize(("mode", "local_steps"), [("fixed", 1), ("fixed", 10), ("scaled", 10)])
+def test_shares_of_the_stability_bound_give_the_reference_trajectory(mode, local_steps):
+    zs = problem("skew", 0)[0]
+    e = linear(4, local_steps, 50, ScaledSGD(mode=mode), LocalGD())
+    expected = reference(zs, local_steps, 50, mode)
+    np.testing.assert_allclose(models(e, federation_of(e, zs)), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("objective", "h"),
+    [("Logistic()", 0.25), ("Exponential()", 1.0), ("SquaredError()", 2.0), ("SquaredError(half=True)", 1.0)],
+)
+def test_a_scaled_step_size_is_settled_within_any_rule(objective, h):
+    zs = [z[: 10 - i] for i, z in enumerate(problem("skew", 0)[0])]
+    beta = h * max(np.linalg.norm(z, 2) ** 2 / len(z) for z in zs)
+    for rule, wrap in (
+        (ScaledSGD(c=0.5, mode="scaled"), lambda x: x),
+        (Prox(ScaledSGD(c=0.5, mode="scaled"), mu=0.1), lambda x: Prox(x, mu=0.1)),
+    ):
+        e = linear(4, 7, 1, rule, LocalGD(), objective=objective)
+        settled: Any = settle(e, federation_of(e, zs))
+        inner: Any = settled.inner if isinstance(settled, Prox) else settled
+        assert inner.lr == pytest.approx(0.5 / (7 * beta), rel=1e-12)
+        assert settled == wrap(SGD(lr=inner.lr))
+    plain = linear(4, 7, 1, SGD(0.3), LocalGD())
+    assert settle(plain, federation_of(plain, zs)) == SGD(0.3)
+
+
 # ------------------------------------------------------------------------------------- the probes
 
 
@@ -322,20 +415,34 @@ def test_geometric_spacing_and_resuming_give_the_same_figures(tmp_path):
     np.testing.assert_array_equal(full[columns], again[columns])
 
 
-def test_bias_measures_the_first_order_formula():
+@pytest.mark.parametrize(("loss", "eta"), [("logistic", 0.05), ("exponential", 0.01)])
+def test_bias_measures_the_first_order_formula(loss, eta):
     zs = signed(non_separable())
-    w_star = finite_minimiser(zs)
+    w_star = finite_minimiser(zs, loss=loss)
     settings = {"data": "NonSeparable()", "partition": "Natural()", "probes": "Bias(per_decade=1)"}
-    e = linear(4, 5, 1000, SGD(0.05), LocalGD(), **settings)
+    settings["objective"] = f"{loss.capitalize()}()"
+    e = linear(4, 5, 1000, SGD(eta), LocalGD(), **settings)
     *_, (snapshot, _) = rounds(e)
     shift = tree.flatten(snapshot.model).numpy() - w_star
     relative = np.linalg.norm(shift) / np.linalg.norm(w_star)
     assert told(snapshot)["bias.finite"] == pytest.approx(relative, rel=1e-8)
-    formula = first_order_bias(zs, w_star, 0.05, 5)
+    formula = first_order_bias(zs, w_star, eta, 5, loss=loss)
     error = np.linalg.norm(shift - formula) / np.linalg.norm(shift)
     assert told(snapshot)["bias.formula_error"] == pytest.approx(error, rel=1e-6)
     assert error < 0.03
     assert "bias.direction" not in told(snapshot)
+    faster = e.replace({"strategy": "FedAvgM(momentum=0.5, weighting='uniform')"})
+    *_, (other, _) = rounds(faster)
+    # Momentum on the server does not move the point at which the run stops.
+    assert told(other)["bias.finite"] == pytest.approx(relative, rel=1e-3)
+    assert told(other)["bias.formula_error"] < 0.03
+
+
+@pytest.mark.parametrize("loss", ["Logistic()", "Exponential()"])
+def test_one_local_step_ends_at_the_minimiser(loss):
+    settings = {"data": "NonSeparable()", "partition": "Natural()", "probes": "Bias()", "objective": loss}
+    *_, (snapshot, _) = rounds(linear(4, 1, 4000, ScaledSGD(c=0.5), LocalGD(), **settings))
+    assert told(snapshot)["bias.finite"] < 1e-8
 
 
 def test_bias_on_mixed_rows_and_on_regression():
@@ -393,6 +500,39 @@ def test_fitted_finds_the_power_of_log_t_and_draws_every_run():
     assert figure.axes[0].get_ylabel() == "margin gap"
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_laws_of_gradient_descent_are_drawn_for_it_alone(plain):
+    history = made_up(-1.0).assign(**{"direction.slope_ratio": 1.0, "direction.margin_ratio": 0.5})
+    if plain:
+        history["direction.invariant"] = 1.0
+    figure = panels(history, "direction")
+    assert figure is not None
+    said = [line.get_label() for line in figure.axes[1].lines]
+    assert ("slope ratio" in said, "margin ratio" in said) == (plain, True)
+
+
+def test_runs_over_each_other_show_the_direction_and_sweeps_map_it(tmp_path):
+    settings = {"data": "Separable()", "partition": "Natural()", "probes": "Direction()"}
+    e = linear(4, 1, 30, ScaledSGD(), LocalGD(), **settings)
+    for steps in (1, 5):
+        fedsim.run(e.replace({"local_steps": steps, "out": str(tmp_path / str(steps))}))
+    found = groups.group(groups.load([tmp_path / "1", tmp_path / "5"]))
+    drawings = {d.name: d for d in overlays.overlays(found)}
+    axes = drawings["direction.cosine_distance-round"].figure.axes[0]
+    assert (axes.get_xscale(), axes.get_yscale(), len(axes.lines)) == ("log", "log", 2)
+    assert [line.get_label() for line in axes.lines] == ["local-steps=1", "local-steps=5"]
+    history = runs.load(tmp_path / "5").history
+    drawn = np.asarray(axes.lines[1].get_ydata(), dtype=float)
+    np.testing.assert_allclose(drawn, history["direction.cosine_distance"])
+    header = compare.cells(groups.summarise(found), brief=True).header
+    assert "cosine distance, final" in header
+    grid = overlays.over_grid(
+        [{"local-steps": "1"}, {"local-steps": "5"}], [0.2, 0.1], "direction.cosine_distance"
+    )
+    assert grid is not None
+    assert grid.name == "grid-direction.cosine_distance"
+
+
 def test_overlay_leaves_out_what_a_logarithm_cannot_show():
     history = made_up(-1.0)
     history.loc[3, "direction.margin_gap"] = 0.0
@@ -448,6 +588,30 @@ def test_frozen_features_depend_on_the_seed_alone_and_train_the_last_layer():
     assert told(snapshot)["test_accuracy"] > 0.7  # a tenth by chance
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Random windows of 7 tokens; the class says whether the last token is odd."""
+
+    def load(self, seed: int, num_workers: int) -> Dataset:
+        x = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (160, 7)))
+        y = x[:, -1] % 2
+        return Dataset(x[:120], y[:120], x[120:], y[120:], 2, "classes", "tokens")
+
+
+def test_frozen_features_of_text_are_those_of_the_last_position():
+    inner = FrozenFeatures(Tokens(), width=12, epochs=15, lr=3e-3)
+    source = Pair(inner, classes=(0, 1))
+    data = source.load(0, 1)
+    assert (data.x.shape, data.x.dtype, data.task) == ((120, 12), torch.float64, "binary")
+    assert torch.equal(data.x, source.load(0, 5).x)
+    # A trained network has moved the two classes apart: least squares names nearly all test rows.
+    w = np.linalg.lstsq(data.x.numpy(), 2.0 * data.y.numpy() - 1)[0]
+    hits = (data.test_x.numpy() @ w > 0) == (data.test_y.numpy() == 1)
+    assert hits.mean() > 0.9
+    untrained = dataclasses.replace(inner, epochs=0).load(0, 1)
+    assert np.linalg.matrix_rank(untrained.x.numpy()) == 12  # a norm at the end would cost a dimension
+
+
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -483,7 +647,15 @@ def test_bad_rows_are_refused_before_the_first_round(x, y, message, tmp_path):
         ({"data": "NonSeparable()"}, "training rows are non-separable"),
         ({"model": "MLP(hidden=(4,))"}, "model = 'MLP.*' must be linear"),
         ({"model": "MLP(hidden=(4,))", "probes": "NormalisedMargin()"}, "must be homogeneous"),
-        ({"probes": "Bias()", "objective": "Exponential()"}, r"must be Logistic\(\) or SquaredError\(\)"),
+        (
+            {
+                "probes": "Bias()",
+                "objective": "CrossEntropy()",
+                "data": "Synthetic(rows=40)",
+                "partition": "IID()",
+            },
+            r"the task of the data is 'classes'",
+        ),
         ({"data": "LinearRegression()", "objective": "SquaredError()"}, "task of the data is 'regression'"),
         ({"data": "Pair(Digits(), classes=(3, 12))"}, "no training row of class 12"),
         ({"data": "Pair(Separable())"}, "must be 'classes'"),
@@ -498,6 +670,9 @@ def test_what_does_not_fit_is_refused(settings, message):
         next(rounds(e))
 
 
+ASKING = {"client": "LossNormalised()", "strategy": "KnownLoss()", "objective": "Exponential()"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -508,6 +683,16 @@ def test_what_does_not_fit_is_refused(settings, message):
         ({"client": "SGD(0.1)", "strategy": "LocalGD()", "batch_size": 4}, "set batch-size = 0"),
         ({"data": "Pair(Digits(), classes=(3, 3))"}, "must be two different classes"),
         ({"probes": "Direction(per_decade=-1)"}, "per_decade = -1 must be >= 0"),
+        ({"client": "ScaledSGD(c=0)"}, "c = 0.0 must be > 0"),
+        ({"client": "ScaledSGD(mode='none')"}, "mode = 'none' must be"),
+        ({"client": "LossNormalised()"}, "need each other"),
+        ({"strategy": "KnownLoss()"}, "need each other"),
+        (ASKING | {"client": "Prox(LossNormalised())"}, "need each other"),
+        (ASKING | {"objective": "Logistic()"}, r"needs 'Exponential\(\)'"),
+        (ASKING | {"batch_size": 4}, "needs batch-size = 0"),
+        (ASKING | {"participation": 0.5}, "participation = 0.5: .* needs participation = 1"),
+        (ASKING | {"strategy": "DualAcceleration()", "local_steps": 2}, "needs local-steps = 1"),
+        (ASKING | {"plan": "vmap"}, "runs on 'loop'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
@@ -522,11 +707,39 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
         Experiment.from_mapping(base | settings)
 
 
-@pytest.mark.parametrize(("eta", "beyond"), [(0.62, False), (0.63, True)])
-def test_a_learning_rate_beyond_the_bound_is_said_once(eta, beyond, recwarn):
-    e = linear(4, 1, 3, SGD(eta), LocalGD(), data="Separable()", partition="Natural()", probes="Direction()")
+@pytest.mark.parametrize(
+    ("client", "settings", "message"),
+    [
+        (ScaledSGD(), {"model": "MLP(hidden=(4,))"}, "client = 'ScaledSGD.*no bound on the curvature"),
+        (
+            ScaledSGD(mode="scaled"),
+            {"local_steps": 0, "local_epochs": 2},
+            "divides by the local steps; set local-steps",
+        ),
+    ],
+)
+def test_a_step_size_that_cannot_be_known_is_refused(client, settings, message):
+    e = linear(4, 1, 1, client, LocalGD(), data="Separable()", partition="Natural()").replace(settings)
+    with pytest.raises(BadInput, match=message):
+        next(rounds(e))
+
+
+@pytest.mark.parametrize(
+    ("client", "said"),
+    [
+        ("SGD(0.62)", ""),
+        ("SGD(0.63)", "lr = 0.63 is beyond the stability bound 2 / beta = 0.626456"),
+        ("ScaledSGD(c=1.99)", ""),
+        ("ScaledSGD(c=2.01)", "lr = 0.629588 is beyond the stability bound 2 / beta = 0.626456"),
+        ("Prox(SGD(0.62), mu=0.01)", ""),
+        ("Prox(SGD(0.62), mu=0.1)", "lr = 0.62 is beyond the stability bound 2 / (beta + mu) = 0.60743"),
+    ],
+)
+@pytest.mark.parametrize("probe", ["Direction", "Bias"])
+def test_a_learning_rate_beyond_the_bound_is_said_once(probe, client, said, recwarn):
+    settings = {"data": "Separable()", "partition": "Natural()", "probes": f"{probe}()"}
+    e = linear(4, 1, 3, SGD(), LocalGD(), **settings).replace({"client": client})
     assert len(list(rounds(e))) == 3
-    said = [str(w.message) for w in recwarn]
-    assert len(said) == beyond
-    if beyond:
-        assert "lr = 0.63 is beyond the stability bound 2 / beta = 0.626456" in said[0]
+    warned = [str(w.message) for w in recwarn]
+    assert len(warned) == bool(said)
+    assert all(f"{said}; the loss may rise" in text for text in warned)

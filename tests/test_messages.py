@@ -145,7 +145,7 @@ def theta(request: pytest.FixtureRequest) -> tree.Tree:
 
 def report(workers: Sequence[int]) -> Report:
     x = torch.tensor(workers)
-    return Report(x, x.double() / 3, x.double() + 0.1, x + 1, 2 * x)
+    return Report(x, x.double() / 3, x.double() + 0.1, x + 1, 2 * x, x % 3)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -178,7 +178,7 @@ def test_a_mean_arrives_with_one_report_for_all(theta: tree.Tree) -> None:
     assert same(got.rows, rows)
     assert same(got.report._asdict(), told._asdict())
     mean = (4 / 3 * 4.1 + 7 / 3 * 7.1) / 11.2
-    assert [x.item() for x in got.told] == pytest.approx([4, mean, 11.2, 8, 22], rel=1e-15)
+    assert [x.item() for x in got.told] == pytest.approx([4, mean, 11.2, 8, 22, 2], rel=1e-15)
 
 
 @pytest.mark.parametrize("upload", ["rows", "mean"])
@@ -309,7 +309,7 @@ BAD: dict[str, tuple[Callable[[RecordDict], object], str]] = {
     "strange excluded": (about("excluded", [-1, 17]), "names workers -1, 17 that do not take part"),
     "excluded is a number": (about("excluded", 3), "excluded must be a list"),
     "excluded is text": (about("excluded", ["a"]), "excluded must be a list"),
-    "columns of different lengths": (column("loss", [0.5]), r"different lengths: \[2, 1, 2, 2, 2\]"),
+    "columns of different lengths": (column("loss", [0.5]), r"different lengths: \[2, 1, 2, 2, 2, 2\]"),
     "a number in place of a list": (column("loss", 0.5), "loss must be a list of numbers"),
     "a column is missing": (
         lambda c: c.metric_records["report"].pop("steps"),
@@ -319,7 +319,7 @@ BAD: dict[str, tuple[Callable[[RecordDict], object], str]] = {
     "infinite weight": (column("weight", [1.0, float("inf")]), "weights must be finite and >= 0"),
     "negative weight": (column("weight", [2.0, -1.0]), "weights must be finite and >= 0"),
     "no weight": (column("weight", [0.0, 0.0]), "weights must not all be 0"),
-    "negative steps": (column("steps", [2, -2]), "steps and gradients must be >= 0"),
+    "negative steps": (column("steps", [2, -2]), "steps, gradients and idle must be >= 0"),
     "endless gradients": (column("gradients", [2.0, float("inf")]), "gradients must be whole numbers"),
     "no rows record": (without("rows"), "rows: missing or strange parameters"),
     "no report": (without("report"), "record 'report' is missing"),

@@ -19,6 +19,7 @@ def history(n: int = 6) -> pd.DataFrame:
     k = np.arange(1, n + 1)
     return pd.DataFrame({
         "round": k,
+        "local_steps": 11 * k,
         "gradients": 10 * k,
         "bytes_up": 100 * k,
         "bytes_down": 50 * k,
@@ -82,7 +83,7 @@ def test_every_axis_is_what_its_name_says(x: str) -> None:
 
 
 def test_an_unknown_axis_is_refused() -> None:
-    with pytest.raises(ValueError, match="x = 'time' must be one of round, gradients, bytes, sim_time"):
+    with pytest.raises(ValueError, match="x = 'time' must be one of round, local_steps, gradients, bytes, sim_time"):
         plots.curves(history(), ["test_loss"], "loss", "time")
 
 

@@ -22,7 +22,7 @@ from fedsim.probes import Clock, Snapshot
 from fedsim.schedule import participants
 from fedsim.simulate import Position, RunFailed, rounds
 from fedsim.tree import Tree
-from strategies import Broadcast, Report
+from strategies import Broadcast, Report, Traffic
 
 GOLDEN = 1e-9
 
@@ -255,13 +255,59 @@ def test_a_tick_in_closed_form() -> None:
     broadcast = {"model": theta, "center": theta}
     clock = Network(0.5, 0.1, 11.0).tick(Clock(1.0, 2, 3, 4, 5), report, theta, broadcast)
     assert clock.sim_time == pytest.approx(1 + 2.5 + 0.2 + 12)
-    assert clock[1:] == (2 + 16, 3 + 8, 4 + 2 * 44, 5 + 2 * 88)
+    assert clock[1:] == (2 + 16, 3 + 8, 4 + 2 * 44, 5 + 2 * 88, 0, 1)
+    idle = report._replace(idle=torch.tensor([1, 4]))
+    clock = Network(0.5).tick(Clock(), idle, theta, broadcast)
+    assert (clock.pseudo_syncs, clock.optimiser_steps, clock.sim_time) == (5, 3, 0.5 * 2)
     nobody = Report(*(x[:0] for x in report))
     assert Network().tick(Clock(), nobody, theta, broadcast) == Clock()
     assert Network().tick(Clock(), report, theta, broadcast).sim_time == 5.0  # infinitely fast links
 
 
-@pytest.mark.parametrize("bad", ["step=-1.0", "latency=-0.1", "bandwidth=0.0"])
+@pytest.mark.parametrize(
+    ("overlap", "seconds"), [(0, 2.5 + 4.4), (3, 2.5 + 2.9), (8, 2.5 + 0.4), (9, 2.5), (20, 2.5)]
+)
+def test_what_is_sent_hides_behind_steps(overlap: int, seconds: float) -> None:
+    theta = {"a": torch.zeros(30), "b": torch.zeros(10)}
+    traffic = Traffic(3, 1, entries=20, overlap=overlap)  # 160 bytes up and down: 4 s, and 0.4 s of latency
+    assert Network(0.5, 0.2, 40.0).sync(5, 3, theta, {}, traffic) == (pytest.approx(seconds), 240, 240)
+
+
+def test_links_are_drawn_once_a_run_and_the_slowest_counts() -> None:
+    network, everyone = Network(0.5, 0.2, 40.0, sigma=0.7), torch.arange(1000)
+    own = [network.among(everyone[i : i + 1], 1000, 3) for i in range(1000)]
+    slower = torch.tensor([n.latency / 0.2 for n in own], dtype=torch.float64)
+    assert [n.bandwidth * s for n, s in zip(own, slower.tolist(), strict=True)] == pytest.approx(
+        [40.0] * 1000
+    )
+    assert abs(slower.log().mean().item()) < 3 * 0.7 / math.sqrt(1000)
+    assert slower.log().std().item() == pytest.approx(0.7, rel=0.1)
+    some = network.among(everyone[7:9], 1000, 3)
+    assert some == max(own[7:9], key=lambda n: n.latency)
+    assert some.sigma == 0.0
+    assert network.among(everyone[:1], 1000, 4) != own[0]
+    assert Network(0.5, 0.2).among(everyone, 1000, 3) == Network(0.5, 0.2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"strategy": "ElasticAveraging()", "schedule": "FreeRunning()", "client": "Nesterov(lr=0.1)"}],
+    ids=["together", "alone"],
+)
+def test_runs_wait_for_slow_links(settings: dict) -> None:
+    """A model of 8 numbers of 8 bytes crosses a link twice, with two latencies."""
+    experiment = blobs(**settings, network="Network(0.0, 0.25, 32.0, sigma=0.7)", rounds=1, model="Linear()")
+    ((snapshot, _),) = rounds(experiment)
+    own = [experiment.parts.network.among(torch.tensor([i]), 5, 0) for i in range(5)]
+    seconds = sorted(2 * n.latency + 128 / n.bandwidth for n in own)
+    if not settings:
+        assert snapshot.metrics["sim_time"] == pytest.approx(seconds[-1])
+        return
+    arrivals = sorted(k * s for s in seconds for k in range(1, 6))[:5]
+    assert snapshot.metrics["sim_time"] == pytest.approx(arrivals[-1])
+
+
+@pytest.mark.parametrize("bad", ["step=-1.0", "latency=-0.1", "bandwidth=0.0", "sigma=-1.0"])
 def test_networks_refuse_negative_costs(bad: str) -> None:
     with pytest.raises(ValueError, match=rf"Network: {bad.split('=')[0]} = "):
         eval(f"Network({bad})", {"Network": Network})

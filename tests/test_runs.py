@@ -174,6 +174,18 @@ def test_the_experiment_of_a_directory_gives_the_same_run_elsewhere(
     assert_same(first.path, second.path)
 
 
+def test_the_written_experiment_says_what_auto_has_become(tmp_path: Path) -> None:
+    e = Experiment.from_mapping(HARD | {"plan": "auto", "device": "auto", "out": str(tmp_path / "run")})
+    done = fedsim.run(e)
+    written = fedsim.load(done.path).experiment
+    assert (written.plan, written.device) == (
+        done.summary["plan"],
+        str(done.model[next(iter(done.model))].device),
+    )
+    assert done.experiment == written
+    assert e.plan == "auto"
+
+
 def test_load_returns_what_run_returned(tmp_path: Path) -> None:
     done = fedsim.run(Experiment.from_mapping(HARD | {"out": str(tmp_path / "run")}))
     read = fedsim.load(done.path)
@@ -466,7 +478,8 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(long: Path, tmp_path: 
     e = runs.read_experiment(path)
     found = checkpoints.read_checkpoint(path, e, torch.device("cpu"))
     assert found is not None
-    assert found.position.round == len(history(path)) >= 3
+    # The signal may come between a line and its checkpoint; then the round of that line is run again.
+    assert found.position.round in {len(history(path)), len(history(path)) - 1}
     assert_same(fedsim.resume(path).path, long)
 
 

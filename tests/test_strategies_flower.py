@@ -24,6 +24,7 @@ from strategies import (
     FedAvg,
     FedAvgM,
     FedMedian,
+    GapFilter,
     LeaderSGD,
     Report,
     Rule,
@@ -367,3 +368,6 @@ def test_pulls_within_local_steps_need_workers_that_know_them() -> None:
     with pytest.raises(ValueError, match=r"ElasticAveraging.*acts in the workers' local steps"):
         start(ElasticAveraging(), make_app())
     start(ElasticAveraging(after_step=True), make_app())
+    with pytest.raises(ValueError, match=r"GapFilter.*acts in the workers' local steps"):
+        start(GapFilter(), make_app())
+    start(GapFilter(update="remove"), make_app())

@@ -202,10 +202,10 @@ def random_capture(subspace: Subspace, draws: int, seed: int, number: int = 0) -
     return (found.square().sum(0) / z.square().sum(1)).mean().item()
 
 
-def gradient_subspace(
-    problem: TrainingLoss, theta: Tree, batch: int, rank: int, seed: int, number: int = 0
-) -> Subspace:
-    """Return the span of ``rank + 1`` minibatch gradients at one point less their mean, a costly rival of the gaps.
+def minibatch_gradients(
+    problem: TrainingLoss, theta: Tree, batch: int, count: int, seed: int, number: int = 0, sketched: int = 0
+) -> Tensor:
+    """Return minibatch gradients at one point.
 
     Parameters
     ----------
@@ -215,23 +215,51 @@ def gradient_subspace(
         Where.
     batch : int
         Rows of a minibatch, drawn with replacement, >= 1.
-    rank : int
-        Dimension q, >= 1.
+    count : int
+        Gradients n, >= 1.
     seed, number : int
         Name the draw.
+    sketched : int
+        Keep a `sketch` of so many numbers of each; 0 for all P.
+
+    Returns
+    -------
+    Tensor
+        ``[n, P]`` or ``[n, sketched]`` in the parameters' precision.
+    """
+    stream = random.numpy_generator(seed, "baseline gradients", number)
+    like, found = next(iter(theta.values())), []
+    for _ in range(count):
+        rows = torch.from_numpy(stream.integers(len(problem.x), size=batch)).to(problem.x.device)
+        gradient = problem.minibatch_gradient(theta, rows).to(like.dtype)
+        found.append(sketch(gradient[None], sketched, seed)[0] if sketched else gradient)
+    return torch.stack(found)
+
+
+def gradient_subspace(
+    problem: TrainingLoss, theta: Tree, batch: int, rank: int, seed: int, number: int = 0
+) -> Subspace:
+    """Return the span of ``rank + 1`` minibatch gradients at one point less their mean, a costly rival of the gaps.
+
+    Parameters
+    ----------
+    problem, theta, batch, seed, number
+        As in `minibatch_gradients`.
+    rank : int
+        Dimension q, >= 1.
 
     Returns
     -------
     Subspace
-        Of dimension q for gradients in general position; 8 (q + 1) P bytes.
+        Of dimension q for gradients in general position; some 20 (q + 1) P bytes on the way.
     """
-    stream = random.numpy_generator(seed, "baseline gradients", number)
-    found = []
-    for _ in range(rank + 1):
-        rows = torch.from_numpy(stream.integers(len(problem.x), size=batch)).to(problem.x.device)
-        found.append(problem.minibatch_gradient(theta, rows))
-    gradients = torch.stack(found)
-    return subspace_of(gradients - gradients.mean(0))
+    return span_of_centred(minibatch_gradients(problem, theta, batch, rank + 1, seed, number))
+
+
+def span_of_centred(rows: Tensor) -> Subspace:
+    """Return the span of the rows of ``[n, P]`` less their mean, computed in float64."""
+    whole = rows.double()
+    return subspace_of(whole - whole.mean(0))
 
 
 # ----------------------------------------------------------------------------------------------- sketch
@@ -413,10 +441,12 @@ __all__ = [
     "gap_covariance",
     "gap_variance",
     "gradient_subspace",
+    "minibatch_gradients",
     "random_basis",
     "random_capture",
     "row_covariance",
     "sketch",
     "sketched_capture",
+    "span_of_centred",
     "spectrum",
 ]

@@ -1,6 +1,7 @@
 """Linear classification beyond separable data: the largest separable part, finite minimisers and their bias.
 
-Nodes are lists of signed rows ``Z_i``, ``[n_i, d]``, the loss is logistic, ``F(w) = sum_i p_i f_i(w)``.
+Nodes are lists of signed rows ``Z_i``, ``[n_i, d]``, and ``F(w) = sum_i p_i f_i(w)`` with ``f_i(w) = (1/n_i) sum_j l(z_ij . w)``,
+``l(s) = log(1 + e^-s)``, the logistic loss, or ``e^-s``, the exponential one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array, eye_array, hstack
 from scipy.special import expit
 
-from fedsim.analysis.direction import Weights, node_weights
+from fedsim.analysis.direction import Loss, Weights, node_weights
 from fedsim.analysis.max_margin import max_margin, signed_rows
 
 
@@ -55,7 +56,21 @@ def separable_part(z: np.ndarray) -> np.ndarray:
     return answer.x[d:] > 0.5
 
 
-def finite_minimiser(nodes: Sequence[np.ndarray], p: Weights = "uniform") -> np.ndarray:
+def _derivatives(s: np.ndarray, loss: Loss) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give ``l(s)``, ``-l'(s)`` and ``l''(s)`` of each score."""
+    if loss == "exponential":
+        with np.errstate(over="ignore"):  # a step that is too long gives inf, and is halved
+            value = np.exp(-s)
+        return value, value, value
+    if loss != "logistic":
+        raise ValueError(f"loss = {loss!r} must be 'logistic' or 'exponential'")
+    sigma = expit(-s)
+    return np.logaddexp(0.0, -s), sigma, sigma * (1 - sigma)
+
+
+def finite_minimiser(
+    nodes: Sequence[np.ndarray], p: Weights = "uniform", loss: Loss = "logistic"
+) -> np.ndarray:
     """Find the minimiser of F by Newton's method from 0, until the gradient is below 1e-12.
 
     Parameters
@@ -64,6 +79,8 @@ def finite_minimiser(nodes: Sequence[np.ndarray], p: Weights = "uniform") -> np.
         Signed rows of each node; no direction may separate a part of them (see `separable_part`).
     p : {"uniform", "size"} or sequence of float
         Weights of the nodes.
+    loss : {"logistic", "exponential"}
+        The loss of one row.
 
     Returns
     -------
@@ -72,53 +89,54 @@ def finite_minimiser(nodes: Sequence[np.ndarray], p: Weights = "uniform") -> np.
     """
     weight = node_weights(nodes, p)
     row_weight = np.concatenate([np.full(len(z), q / len(z)) for z, q in zip(nodes, weight, strict=True)])
-    return _newton(signed_rows(np.vstack(nodes)), row_weight)
+    return _newton(signed_rows(np.vstack(nodes)), row_weight, loss)
 
 
-def _newton(z: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Minimise ``sum_j weight_j log(1 + exp(-z_j . w))`` in the span of the rows, with step halving."""
+def _newton(z: np.ndarray, weight: np.ndarray, loss: Loss) -> np.ndarray:
+    """Minimise ``sum_j weight_j l(z_j . w)`` in the span of the rows, with step halving."""
     _, singular, rows = np.linalg.svd(z, full_matrices=False)
     basis = rows[singular > singular[0] * 1e-12 * max(z.shape)]
     x = z @ basis.T
     w = np.zeros(len(basis))
-    value = weight @ np.logaddexp(0.0, -x @ w)
+    each, slope, bend = _derivatives(x @ w, loss)
     # Along a separating direction the gradient also falls below 1e-12, but only after 27 units of margin.
     for _ in range(100):
-        sigma = expit(-x @ w)
-        gradient = -(weight * sigma) @ x
+        gradient = -(weight * slope) @ x
         if np.linalg.norm(gradient) < 1e-12 and (x @ w).min() < 0:
             return w @ basis
-        hessian = (x.T * (weight * sigma * (1 - sigma))) @ x
+        hessian = (x.T * (weight * bend)) @ x
         try:
             step = np.linalg.solve(hessian, gradient)
         except np.linalg.LinAlgError:
             break
         length = 1.0
-        while length > 1e-6 and weight @ np.logaddexp(0.0, -x @ (w - length * step)) > value + 1e-15:
+        value = weight @ each
+        while length > 1e-6 and weight @ _derivatives(x @ (w - length * step), loss)[0] > value + 1e-15:
             length /= 2
         w = w - length * step
-        value = weight @ np.logaddexp(0.0, -x @ w)
+        each, slope, bend = _derivatives(x @ w, loss)
     raise ValueError(
         "finite_minimiser: Newton does not converge, a part of the rows is separable: no finite minimiser"
     )
 
 
-def gradients(nodes: Sequence[np.ndarray], w: np.ndarray) -> np.ndarray:
-    """Gradient ``[M, d]`` of each node's loss, ``-(1/n_i) Z_i^T sigma(-Z_i w)``."""
-    return np.stack([-(expit(-z @ w) @ z) / len(z) for z in nodes])
+def gradients(nodes: Sequence[np.ndarray], w: np.ndarray, loss: Loss = "logistic") -> np.ndarray:
+    """Gradient ``[M, d]`` of each node's loss, ``(1/n_i) Z_i^T l'(Z_i w)``."""
+    return np.stack([-(_derivatives(z @ w, loss)[1] @ z) / len(z) for z in nodes])
 
 
-def hessians(nodes: Sequence[np.ndarray], w: np.ndarray) -> np.ndarray:
-    """Hessian ``[M, d, d]`` of each node's loss, ``(1/n_i) Z_i^T diag(sigma (1 - sigma)) Z_i``."""
-    out = []
-    for z in nodes:
-        sigma = expit(-z @ w)
-        out.append((z.T * (sigma * (1 - sigma))) @ z / len(z))
-    return np.stack(out)
+def hessians(nodes: Sequence[np.ndarray], w: np.ndarray, loss: Loss = "logistic") -> np.ndarray:
+    """Hessian ``[M, d, d]`` of each node's loss, ``(1/n_i) Z_i^T diag(l''(Z_i w)) Z_i``."""
+    return np.stack([(z.T * _derivatives(z @ w, loss)[2]) @ z / len(z) for z in nodes])
 
 
 def first_order_bias(
-    nodes: Sequence[np.ndarray], w_star: np.ndarray, eta: float, local_steps: int, p: Weights = "uniform"
+    nodes: Sequence[np.ndarray],
+    w_star: np.ndarray,
+    eta: float,
+    local_steps: int,
+    p: Weights = "uniform",
+    loss: Loss = "logistic",
 ) -> np.ndarray:
     """Predict where Local-GD stops, ``w_fix - w* = eta (L - 1)/2 H^-1 sum_i p_i H_i g_i + O(eta^2)``.
 
@@ -137,6 +155,8 @@ def first_order_bias(
         L, at least 1.
     p : {"uniform", "size"} or sequence of float
         Weights of the nodes.
+    loss : {"logistic", "exponential"}
+        The loss of one row.
 
     Returns
     -------
@@ -144,8 +164,8 @@ def first_order_bias(
         ``[d]``.
     """
     weight = node_weights(nodes, p)
-    curvature = hessians(nodes, w_star)
-    pull = np.einsum("i,ijk,ik->j", weight, curvature, gradients(nodes, w_star))
+    curvature = hessians(nodes, w_star, loss)
+    pull = np.einsum("i,ijk,ik->j", weight, curvature, gradients(nodes, w_star, loss))
     total = np.einsum("i,ijk->jk", weight, curvature)
     return eta * (local_steps - 1) / 2 * np.linalg.lstsq(total, pull)[0]
 
@@ -178,7 +198,7 @@ class MixedLimit:
         return inside, w - inside
 
 
-def mixed_limit(nodes: Sequence[np.ndarray], p: Weights = "uniform") -> MixedLimit:
+def mixed_limit(nodes: Sequence[np.ndarray], p: Weights = "uniform", loss: Loss = "logistic") -> MixedLimit:
     """Compute the limit of gradient descent on any data set (Ji and Telgarsky 2018, arXiv 1803.07300).
 
     Local-GD has the same direction, but for L > 1 another component in ``S``.
@@ -189,6 +209,8 @@ def mixed_limit(nodes: Sequence[np.ndarray], p: Weights = "uniform") -> MixedLim
         Signed rows of each node.
     p : {"uniform", "size"} or sequence of float
         Weights of the nodes.
+    loss : {"logistic", "exponential"}
+        The loss of one row; the direction is the same for both, the finite component is not.
 
     Returns
     -------
@@ -207,7 +229,7 @@ def mixed_limit(nodes: Sequence[np.ndarray], p: Weights = "uniform") -> MixedLim
     if rest.any():
         _, singular, rows = np.linalg.svd(rest, full_matrices=False)
         basis = rows[singular > singular[0] * 1e-12 * max(rest.shape)]
-        finite = _newton(rest, row_weight[~strict])
+        finite = _newton(rest, row_weight[~strict], loss)
     direction = None
     if strict.any():
         outside = z[strict] - (z[strict] @ basis.T) @ basis

@@ -1,6 +1,9 @@
 """Data: sources that give rows, and partitions that share them out among workers."""
 
-from fedsim.data.dataset import Dataset, Source
+from fedsim.data.cropped import Cropped
+from fedsim.data.cuts import Cuts
+from fedsim.data.dataset import Dataset, Domains, Source
+from fedsim.data.domains import ColoredDigits, RotatedDigits
 from fedsim.data.flower_partitions import FlowerDatasets
 from fedsim.data.frozen import FrozenFeatures
 from fedsim.data.hub import Folder, Hub
@@ -30,10 +33,14 @@ __all__ = [
     "Blank",
     "ByLabel",
     "ByQuantity",
+    "ColoredDigits",
     "Contiguous",
+    "Cropped",
+    "Cuts",
     "Dataset",
     "Digits",
     "Dirichlet",
+    "Domains",
     "FlowerDatasets",
     "Folder",
     "FrozenFeatures",
@@ -49,6 +56,7 @@ __all__ = [
     "Parabolas",
     "Partition",
     "Pathological",
+    "RotatedDigits",
     "Separable",
     "Shards",
     "Shared",

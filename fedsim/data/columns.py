@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 INPUTS = ("image", "img", "images", "picture", "features", "x", "text", "content", "story")
 LABELS = ("label", "labels", "fine_label", "target", "class", "y")
+LONGEST = 5
+"""Characters read for each byte-pair token that is wanted; English pieces have three or four."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ class Columns:
         }
 
     def read_text(
-        self, train: datasets.Dataset, test: datasets.Dataset | None, context: int, rows: int | None
+        self,
+        train: datasets.Dataset,
+        test: datasets.Dataset | None,
+        context: int,
+        rows: int | None,
+        vocabulary: int = 0,
     ) -> Dataset:
         """Join the rows with line ends and cut the text into windows, see `fedsim.data.text.windows`.
 
@@ -63,9 +70,11 @@ class Columns:
         test : datasets.Dataset | None
             Table to test on; None takes the last tenth of the training text.
         context : int
-            Characters of a window.
+            Tokens of a window.
         rows : int | None
             Number of windows; None takes all.
+        vocabulary : int
+            0 for characters, or the size of a byte-pair vocabulary.
 
         Returns
         -------
@@ -79,6 +88,7 @@ class Columns:
         """
         column = self._inputs(train)[0]
         owner = None
+        length = context * (LONGEST if vocabulary else 1)  # characters of a window
         if self.worker is not None:
             if test is None:
                 raise ValueError(f"{self.name}: worker = {self.worker!r} for text needs a test split")
@@ -89,13 +99,21 @@ class Columns:
             text = "".join(lines)
         else:
             # a tenth more than the windows need, in case the test text is cut off the end
-            limit = None if rows is None else (rows + 1) * context * 10 // 9 + 10
+            limit = None if rows is None else (rows + 1) * length * 10 // 9 + 10
             text = self._join(train, column, limit)
         test_text = None
         if test is not None:
-            limit = None if rows is None else (-(-rows // 9) + 1) * context
+            limit = None if rows is None else (-(-rows // 9) + 1) * length
             test_text = self._join(test, column, limit)
-        return windows(text, test_text, context=context, rows=rows, name=self.name, worker_of_character=owner)
+        return windows(
+            text,
+            test_text,
+            context=context,
+            rows=rows,
+            name=self.name,
+            vocabulary=vocabulary,
+            worker_of_character=owner,
+        )
 
     def decode(self, train: datasets.Dataset, test: datasets.Dataset | None) -> Decoded:
         """Turn pictures or numbers into tensors, pictures as uint8 ``[N, C, H, W]``.

@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fedsim.data.cuts import Cuts
+
+
+class Domains(NamedTuple):
+    """What a data set with a held-out domain adds: rows of the training domains that nobody trains on.
+
+    Attributes
+    ----------
+    x, y : Tensor
+        ``[M, *]`` and ``[M]``, as in `Dataset`.
+    domain : Tensor
+        ``[M]`` int64, 0 to E - 1: the training domain of each row.
+    names : tuple of str
+        Names of the E training domains.
+    held_out : str
+        Name of the domain of the central test set.
+    """
+
+    x: Tensor
+    y: Tensor
+    domain: Tensor
+    names: tuple[str, ...]
+    held_out: str
+
 
 TASKS = ("classes", "binary", "regression", "tokens")
 
@@ -34,6 +59,10 @@ class Dataset:
         ``[N]`` int64, the worker each row comes from by nature, where the source knows it.
     labels : tuple[str, ...]
         Names of the classes, or the characters of the vocabulary; empty if there are none.
+    cuts : Cuts | None
+        Where local steps take other parts of the training pictures at each use; ``x`` holds their middle parts.
+    domains : Domains | None
+        Where the test set is a domain that no worker has: rows to evaluate on within the others.
 
     Raises
     ------
@@ -50,6 +79,8 @@ class Dataset:
     name: str
     workers: Tensor | None = None
     labels: tuple[str, ...] = ()
+    cuts: Cuts | None = None
+    domains: Domains | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -60,6 +91,11 @@ class Dataset:
         if self.x.shape[1:] != self.test_x.shape[1:]:
             raise ValueError(
                 f"Dataset: rows of x are {tuple(self.x.shape[1:])}, of test_x {tuple(self.test_x.shape[1:])}"
+            )
+        if self.cuts is not None and self.cuts.middle().shape != self.x.shape:
+            raise ValueError(
+                f"Dataset: x has shape {tuple(self.x.shape)}, the middle parts of its pictures "
+                f"{tuple(self.cuts.middle().shape)}"
             )
         if self.workers is not None and self.workers.shape != self.x.shape[:1]:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedsim.checks import at_least, positive
 from fedsim.data.dataset import Dataset, Source
 from fedsim.data.sources import Digits
+from fedsim.layers import encoder
 from fedsim.random import key, numpy_generator
 
 BATCH = 64
@@ -22,9 +23,9 @@ BATCH = 64
 class FrozenFeatures:
     """Penultimate activations of a small network trained centrally on the classes of another source, ``x`` ``[N, width]``.
 
-    Pictures of at least 16x16 pixels pass three 3x3 convolutions with ReLU and 2x2 pooling, everything else one hidden ReLU layer of
-    ``2 width``; then comes a layer of ``width`` ReLU units, the features, and a linear head that is thrown away. Features are float64,
-    scaled so that training rows have mean norm 1. Federated training of ``Linear(bias=False)`` on them
+    Pictures of at least 16x16 pixels pass three 3x3 convolutions with ReLU and 2x2 pooling, other numbers one hidden ReLU
+    layer of ``2 width``; then comes a layer of ``width`` ReLU units, the features. Tokens ``[N, T]`` pass a transformer encoder of two
+    blocks, and its last position is the features. A linear head is trained with it and thrown away. Features are float64, scaled so that training rows have mean norm 1. Federated training of ``Linear(bias=False)`` on them
     is last-layer fine-tuning, to which all that holds for linear models applies exactly.
 
     Parameters
@@ -68,7 +69,8 @@ class FrozenFeatures:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # Layers draw their initial parameters from the default generator, which is put back afterwards.
             torch.default_generator.manual_seed(key(seed, "frozen"))
-            body = self._body(data.input_shape)
+            tokens = not data.x.is_floating_point()
+            body = _Reader(data, self.width) if tokens else self._body(data.input_shape)
             head = nn.Linear(self.width, data.num_outputs)
         network = nn.Sequential(body, head)
         optimiser = torch.optim.Adam(network.parameters(), lr=self.lr)
@@ -105,6 +107,23 @@ class FrozenFeatures:
             layers = [nn.Flatten(), nn.Linear(math.prod(shape), 2 * self.width), nn.ReLU()]
             fan_in = 2 * self.width
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(fan_in, self.width), nn.ReLU())
+
+
+class _Reader(nn.Module):
+    """Embedding plus positions and a transformer encoder of two blocks; gives the vector of the last position."""
+
+    def __init__(self, data: Dataset, width: int) -> None:
+        super().__init__()
+        largest = max(int(x.max()) for x in (data.x, data.test_x) if len(x))
+        self.embedding = nn.Embedding(largest + 1, width)
+        self.position = nn.Embedding(data.x.shape[1], width)
+        self.body = encoder(2, width, math.gcd(8, width), 2)[:-1]  # a final norm would leave d - 1 dimensions
+        for table in (self.embedding, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens ``[B, T]`` to ``[B, width]``."""
+        return self.body(self.embedding(tokens) + self.position.weight)[:, -1]
 
 
 def _activations(body: nn.Module, x: Tensor) -> Tensor:

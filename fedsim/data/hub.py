@@ -14,7 +14,7 @@ from urllib.request import getproxies
 
 import torch
 
-from fedsim.checks import at_least
+from fedsim.checks import at_least, nonnegative
 from fedsim.data.cache import Decoded, find, fingerprint, keep
 from fedsim.data.columns import Columns
 from fedsim.data.dataset import Dataset, standardise
@@ -28,7 +28,7 @@ class Hub:
     """A data set of the Hugging Face hub: pictures, numbers or text.
 
     Pictures are scaled to [0, 1], then pictures and numbers are standardised per channel by the training rows.
-    Text becomes windows of characters, see `fedsim.data.text.windows`. Decoded pictures and numbers are kept in the
+    Text becomes windows of characters or pieces of words, see `fedsim.data.text.windows`. Decoded pictures and numbers are kept in the
     folder ``FEDSIM_CACHE`` (default ``~/.cache/fedsim``).
 
     Parameters
@@ -50,12 +50,15 @@ class Hub:
     rows : int | None
         Take the first rows (windows of text) of the training split only.
     context : int
-        Characters of a window of text.
+        Tokens of a window of text.
+    vocabulary : int
+        0 for text in characters, or the size of a byte-pair vocabulary trained on it, which needs the extra
+        ``fedsim[text]``.
 
     Raises
     ------
     ValueError
-        If ``rows`` or ``context`` is below 1.
+        If ``rows`` or ``context`` is below 1, or ``vocabulary`` below 0.
     """
 
     name: str
@@ -67,9 +70,11 @@ class Hub:
     worker: str | None = None
     rows: int | None = None
     context: int = 64
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "context")
+        nonnegative(self, "vocabulary")
         if self.rows is not None:
             at_least(self, 1, "rows")
 
@@ -110,7 +115,7 @@ class Hub:
             hf.config.HF_HUB_OFFLINE = offline
         columns = Columns(self.name, self.input, self.label, self.worker)
         if columns.is_text(train):
-            return columns.read_text(train, test, self.context, self.rows)
+            return columns.read_text(train, test, self.context, self.rows, self.vocabulary)
         content = (train._fingerprint, test and test._fingerprint, columns, self.rows)
         found = find(self.name, content)
         return to_dataset(found or _decode(columns, content, train, test, self.rows), self.name)
@@ -128,13 +133,13 @@ class Folder:
     ----------
     path : str
         The folder.
-    train, test, input, label, worker, rows, context
+    train, test, input, label, worker, rows, context, vocabulary
         As for `Hub`; a folder of text without the split ``"test"`` gives the last tenth of its text.
 
     Raises
     ------
     ValueError
-        If ``rows`` or ``context`` is below 1.
+        If ``rows`` or ``context`` is below 1, or ``vocabulary`` below 0.
     """
 
     path: str
@@ -145,9 +150,11 @@ class Folder:
     worker: str | None = None
     rows: int | None = None
     context: int = 64
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "context")
+        nonnegative(self, "vocabulary")
         if self.rows is not None:
             at_least(self, 1, "rows")
 
@@ -191,7 +198,7 @@ class Folder:
                     raise
                 test = None
             if text:
-                return columns.read_text(train, test, self.context, self.rows)
+                return columns.read_text(train, test, self.context, self.rows, self.vocabulary)
             return to_dataset(_decode(columns, content, train, test, self.rows), folder.name)
 
 

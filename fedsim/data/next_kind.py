@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedsim.checks import at_least
@@ -27,6 +28,8 @@ class NextKind:
         Windows N, >= 1.
     classes : int
         3 kinds, or 2: vowel or not.
+    in_order : bool
+        Whether rows come in the order of the text, so that ``Contiguous()`` gives each worker a part of its own.
 
     Raises
     ------
@@ -37,6 +40,7 @@ class NextKind:
     context: int = 32
     rows: int = 1000
     classes: int = 3
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, 1, "context", "rows")
@@ -56,7 +60,7 @@ class NextKind:
                     f"NextKind: rows = {self.rows:,} is larger than the {starts:,} windows there are"
                 )
             drawn = numpy_generator(0, f"windows {name}").choice(starts, wanted, replace=False)
-            begin = torch.from_numpy(drawn)[:, None]
+            begin = torch.from_numpy(np.sort(drawn) if self.in_order else drawn)[:, None]
             x.append(tokens[begin + torch.arange(self.context)])
             y.append(kinds[tokens[begin[:, 0] + self.context]])
         labels = ("space", "vowel", "other") if self.classes == 3 else ("other", "vowel")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedsim.checks import at_least, unit
+from fedsim.checks import at_least, nonnegative, unit
 from fedsim.data.cache import cache_folder
 from fedsim.data.dataset import Dataset, standardise
 from fedsim.data.hub import Folder, Hub
@@ -134,14 +134,17 @@ class TinyShakespeare:
     Parameters
     ----------
     context : int
-        Characters T of a window, >= 1.
+        Tokens T of a window, >= 1.
     rows : int | None
         Take the first windows only.
+    vocabulary : int
+        0 for tokens that are characters, 65 of them; else the size of a byte-pair vocabulary, trained on the training
+        part, which needs the extra ``fedsim[text]``.
 
     Raises
     ------
     ValueError
-        If an argument is below 1.
+        If ``context`` or ``rows`` is below 1, or ``vocabulary`` below 0.
 
     References
     ----------
@@ -150,9 +153,11 @@ class TinyShakespeare:
 
     context: int = 64
     rows: int | None = None
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "context")
+        nonnegative(self, "vocabulary")
         if self.rows is not None:
             at_least(self, 1, "rows")
 
@@ -163,12 +168,13 @@ class TinyShakespeare:
         if not path.exists():
             _download(_SHAKESPEARE, path)
         text = path.read_text(encoding="utf-8")
-        return windows(text, None, context=self.context, rows=self.rows, name="tinyshakespeare")
+        name, size = "tinyshakespeare", self.vocabulary
+        return windows(text, None, context=self.context, rows=self.rows, name=name, vocabulary=size)
 
 
 @dataclass(frozen=True)
 class TinyStories:
-    """Short stories in words of a small child, in windows of characters.
+    """Short stories in words of a small child, in windows of characters or of pieces of words.
 
     Read from the folder ``tinystories`` in ``FEDSIM_DATA`` if it is there, else from the hub (1 GB). See
     `fedsim.data.text.windows` for the tokens.
@@ -176,14 +182,17 @@ class TinyStories:
     Parameters
     ----------
     context : int
-        Characters T of a window, >= 1.
+        Tokens T of a window, >= 1.
     rows : int | None
         Take the first windows only; None takes all, 1.9 billion characters.
+    vocabulary : int
+        0 for characters; else the size of a byte-pair vocabulary, trained on the training part, which needs the extra
+        ``fedsim[text]``.
 
     Raises
     ------
     ValueError
-        If an argument is below 1.
+        If ``context`` or ``rows`` is below 1, or ``vocabulary`` below 0.
 
     References
     ----------
@@ -192,15 +201,18 @@ class TinyStories:
 
     context: int = 128
     rows: int | None = 100_000
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "context")
+        nonnegative(self, "vocabulary")
         if self.rows is not None:
             at_least(self, 1, "rows")
 
     def load(self, seed: int, num_workers: int) -> Dataset:
         """Read the text; neither argument matters."""
         hub = Hub("roneneldan/TinyStories", test="validation", rows=self.rows, context=self.context)
+        hub = replace(hub, vocabulary=self.vocabulary)
         return _load("TinyStories", "tinystories", hub, seed, num_workers)
 
 
@@ -216,6 +228,7 @@ def _load(source: str, folder: str, hub: Hub, seed: int, num_workers: int) -> Da
     path = _local(folder)
     if path is not None:
         local = Folder(str(path), hub.train, hub.test, rows=hub.rows, context=hub.context)
+        local = replace(local, vocabulary=hub.vocabulary)
         return local.load(seed, num_workers)
     try:
         return replace(hub.load(seed, num_workers), name=folder)

@@ -1,10 +1,11 @@
-"""Text as characters: windows of tokens and the tokens that come next."""
+"""Text as characters or pieces of words: windows of tokens and the tokens that come next."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from fedsim.data.byte_pairs import BytePairs
 from fedsim.data.dataset import Dataset
 
 
@@ -15,12 +16,14 @@ def windows(
     context: int,
     rows: int | None,
     name: str,
+    vocabulary: int = 0,
     worker_of_character: np.ndarray | None = None,
 ) -> Dataset:
-    """Cut text into windows, ``x[i] = t[iT : (i + 1) T]`` and ``y[i]`` the same one character later.
+    """Cut text into windows, ``x[i] = t[iT : (i + 1) T]`` and ``y[i]`` the same one token later.
 
-    The vocabulary is the sorted set of the characters of the training text; other characters are left out of the
-    test text. ``x`` and ``y`` are views of one vector of tokens.
+    The vocabulary is the sorted set of the characters of the training text, or `BytePairs` trained on it; other
+    characters are left out of the test text. ``x`` and ``y`` are views of one vector of tokens. Perplexity is that of a
+    token, and so cannot be compared between vocabularies.
 
     Parameters
     ----------
@@ -29,11 +32,13 @@ def windows(
     test_text : str | None
         Text to test on; None takes the last tenth of ``text`` for it.
     context : int
-        Characters T of a window, >= 1.
+        Tokens T of a window, >= 1.
     rows : int | None
         Take the first windows only, and as few as a ninth of them (rounded up) for the test; None takes all.
     name : str
         Name of the data set.
+    vocabulary : int
+        0 for characters, or the size of a byte-pair vocabulary.
     worker_of_character : np.ndarray | None
         ``[len(text)]`` natural workers; windows that straddle two workers are left out.
 
@@ -47,28 +52,23 @@ def windows(
     ValueError
         If the text is shorter than a window and one character, or has fewer windows than ``rows``.
     """
-    codes = _codes(text)
     if test_text is None:
-        split = int(0.9 * len(codes))
-        codes, test_codes = codes[:split], codes[split:]
-    else:
-        test_codes = _codes(test_text)
-    present = np.bincount(codes) > 0
-    vocabulary = present.nonzero()[0]
-    token = np.cumsum(present) - 1
-    test_codes = test_codes[np.isin(test_codes, vocabulary)]
+        split = int(0.9 * len(text))
+        text, test_text = text[:split], text[split:]
+    tokens, test_tokens, labels, starts = _tokens(text, test_text, vocabulary)
 
-    x, y = _windows(token[codes], context)
+    x, y = _windows(tokens, context)
     if len(x) == 0:
+        unit = "tokens" if vocabulary else "characters"
         raise ValueError(
-            f"{name}: context = {context} leaves no window, the training text has {len(codes):,} characters"
+            f"{name}: context = {context} leaves no window, the training text has {len(tokens):,} {unit}"
         )
     workers = None
     if worker_of_character is not None:
-        owner = worker_of_character[: len(x) * context].reshape(-1, context)
+        owner = worker_of_character[starts][: len(x) * context].reshape(-1, context)
         whole = torch.from_numpy(owner[:, 0] == owner[:, -1])
         x, y, workers = x[whole], y[whole], torch.from_numpy(owner[:, 0].copy())[whole]
-    test_x, test_y = _windows(token[test_codes], context)
+    test_x, test_y = _windows(test_tokens, context)
     if rows is not None:
         if rows > len(x):
             raise ValueError(
@@ -81,12 +81,28 @@ def windows(
         y,
         test_x,
         test_y,
-        num_outputs=len(vocabulary),
+        num_outputs=len(labels),
         task="tokens",
         name=name,
         workers=workers,
-        labels=tuple(map(chr, vocabulary)),
+        labels=labels,
     )
+
+
+def _tokens(
+    text: str, test_text: str, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], np.ndarray]:
+    """Tokens of both texts, what each stands for, and the characters in which those of the training text begin."""
+    if vocabulary:
+        pairs = BytePairs(text, vocabulary)
+        tokens, starts = pairs.encode(text)
+        return tokens, pairs.encode(test_text)[0], pairs.pieces, starts
+    codes, test_codes = _codes(text), _codes(test_text)
+    present = np.bincount(codes) > 0
+    known = present.nonzero()[0]
+    token = np.cumsum(present) - 1
+    test_tokens = token[test_codes[np.isin(test_codes, known)]]
+    return token[codes], test_tokens, tuple(map(chr, known)), np.arange(len(codes))
 
 
 def _codes(text: str) -> np.ndarray:

@@ -6,6 +6,7 @@ from fedsim.probes.direction import Direction
 from fedsim.probes.disagreement import Disagreement
 from fedsim.probes.leaders import Leaders
 from fedsim.probes.normalised_margin import NormalisedMargin
+from fedsim.probes.sharpness import Sharpness
 from fedsim.probes.workers import Drift, WorkerLoss
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Memory",
     "NormalisedMargin",
     "Probe",
+    "Sharpness",
     "Snapshot",
     "WorkerLoss",
 ]

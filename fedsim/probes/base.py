@@ -22,13 +22,17 @@ class Clock(NamedTuple):
     Attributes
     ----------
     sim_time : float
-        Simulated seconds (see `fedsim.schedule.Network`).
+        Simulated seconds (see `fedsim.network.Network`).
     gradients : int
         Gradients computed, over all workers.
     local_steps : int
         Local steps made, over all workers.
     bytes_up, bytes_down : int
         Bytes that workers would send and receive, were each a machine of its own.
+    pseudo_syncs : int
+        Those of the local steps that computed no gradient, over all workers; the others are optimiser steps.
+    syncs : int
+        Times that the server merged.
     """
 
     sim_time: float = 0.0
@@ -36,6 +40,13 @@ class Clock(NamedTuple):
     local_steps: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    pseudo_syncs: int = 0
+    syncs: int = 0
+
+    @property
+    def optimiser_steps(self) -> int:
+        """Local steps that made use of gradients."""
+        return self.local_steps - self.pseudo_syncs
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from fedsim import checks
-from fedsim.objectives import Logistic, SquaredError
+from fedsim.objectives import Exponential, Logistic, SquaredError
 from fedsim.probes.base import Memory, Probe, Snapshot
 from fedsim.probes.direction import is_due
-from fedsim.probes.linear import check_step, features, matrix, need_linear, step_size, weights
+from fedsim.probes.linear import check_step, matrix, need_linear, step_size, weights
+from fedsim.step_sizes import features
+from strategies import FedAvg, FedAvgM
 
 if TYPE_CHECKING:
     from fedsim.experiment import Experiment
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 class Bias(Probe):
     """Distance of a linear model from the limit of centralised gradient descent, on any data.
 
-    Binary labels with `Logistic`: the rows fall into a largest separable part and the rest; ``S`` is the span of the
+    Binary labels with `Logistic` or `Exponential`: the rows fall into a largest separable part and the rest; ``S`` is the span of the
     rest. Gradient descent tends to the rest's minimiser within ``S``, and orthogonally to ``S`` grows along the
     hard-margin direction of the separable part. Regression with `SquaredError`: the limit is the solution nearest to the initial
     model, which must fit all rows. Figures:
@@ -78,8 +80,10 @@ class Bias(Probe):
         from fedsim.analysis.separability import first_order_bias, mixed_limit
 
         need_linear(experiment, federation, ("binary", "regression"))
-        if not isinstance(federation.objective, Logistic | SquaredError):
-            raise ValueError(f"objective = {experiment.objective!r} must be Logistic() or SquaredError()")
+        if not isinstance(federation.objective, Logistic | Exponential | SquaredError):
+            raise ValueError(
+                f"objective = {experiment.objective!r} must be Logistic(), Exponential() or SquaredError()"
+            )
         data, cuts = federation.dataset, federation.train.offsets[1:-1].numpy()
         x = features(federation, federation.theta)
         target = data.y[federation.train.order.to(data.y.device)].cpu().numpy()
@@ -88,19 +92,20 @@ class Bias(Probe):
         if isinstance(federation.objective, SquaredError):
             if data.task != "regression":
                 raise ValueError("SquaredError() on labels has no limit known here; take Logistic()")
-            check_step(experiment, xs, 1.0 if federation.objective.half else 2.0)
             start = matrix(federation.theta).flatten().cpu().numpy()
             known = {"finite": regression_limit(xs, ys, start), "basis": np.eye(x.shape[1])}
         else:
-            check_step(experiment, xs, 0.25)
             nodes = np.split(signed_rows(x, target), cuts)
-            limit = mixed_limit(nodes, p)
+            loss = "exponential" if isinstance(federation.objective, Exponential) else "logistic"
+            limit = mixed_limit(nodes, p, loss)
             known = {"finite": limit.finite, "basis": limit.basis}
             if limit.direction is not None:
                 known["direction"] = limit.direction
-            eta, steps = step_size(experiment), experiment.local_steps
+            # Momentum on the server does not move the point at which the average of the rows is the model.
+            eta, steps = step_size(experiment, federation, (FedAvg, FedAvgM)), experiment.local_steps
             if limit.direction is None and eta is not None and steps > 1 and experiment.batch_size == 0:
-                known["shift"] = first_order_bias(nodes, limit.finite, eta, steps, p)
+                known["shift"] = first_order_bias(nodes, limit.finite, eta, steps, p, loss)
+        check_step(experiment, federation)
         return {"limit": {k: torch.from_numpy(v).to(data.x.device) for k, v in known.items()}}
 
     def measure(self, snapshot: Snapshot, memory: Memory) -> tuple[dict[str, float], Memory]:

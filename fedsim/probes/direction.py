@@ -13,17 +13,16 @@ from torch import Tensor
 
 from clients import Projection
 from fedsim import checks
-from fedsim.objectives import CrossEntropy, Exponential, Logistic
 from fedsim.probes.base import Memory, Probe, Snapshot
 from fedsim.probes.linear import (
     check_step,
-    features,
     matrix,
     need_linear,
     row_weights,
     scores,
     step_size,
 )
+from fedsim.step_sizes import features
 
 if TYPE_CHECKING:
     from fedsim.analysis.max_margin import MaxMargin
@@ -127,11 +126,8 @@ class Direction(Probe):
         rows = federation.train.order.to(data.y.device)
         x, y = features(federation, model), data.y[rows].cpu().numpy()
         answer = reference(x, y, data.num_outputs, federation.train.order.numpy())
-        nodes = np.split(x, federation.train.offsets[1:-1].numpy())
-        curvature = {Logistic: 0.25, Exponential: 1.0, CrossEntropy: 0.5}
-        if type(federation.objective) in curvature:
-            check_step(experiment, nodes, curvature[type(federation.objective)])
-        eta = step_size(experiment)
+        check_step(experiment, federation)
+        eta = step_size(experiment, federation)
         known = {
             "w": torch.from_numpy(answer.w_hat),
             "share": torch.from_numpy(row_weights(experiment, federation)),
@@ -139,6 +135,8 @@ class Direction(Probe):
             "eta": torch.tensor(math.nan if eta is None else eta, dtype=torch.float64),
             "projected": torch.tensor(isinstance(experiment.parts.client, Projection)),
         }
+        if torch.equal(known["rows"], torch.arange(len(data.y))):
+            del known["rows"]  # all rows in their order: nothing has to be gathered
         return {"reference": {k: v.to(data.x.device) for k, v in known.items()}}
 
     def measure(self, snapshot: Snapshot, memory: Memory) -> tuple[dict[str, float], Memory]:
@@ -147,16 +145,19 @@ class Direction(Probe):
         if not is_due(k, self.per_decade):
             return {}, memory
         known, federation = memory["reference"], snapshot.federation
-        w_hat, y = known["w"], federation.dataset.y[known["rows"]]
+        rows, y = known.get("rows"), federation.dataset.y
+        y = y if rows is None else y[rows]
         w = matrix(snapshot.model)
-        output = scores(federation, w, known["rows"])
-        loss = (federation.objective.loss(output, y).double() @ known["share"]).item()
-        size, length = w.norm().item(), w_hat.norm().item()
+        output = scores(federation, w, rows)
+        # A sum, as a dot product may depend on where memory begins, and so on whether a run was resumed.
+        loss = (federation.objective.loss(output, y).double() * known["share"]).sum().item()
+        v, w_hat = w.flatten().cpu().numpy(), known["w"].cpu().numpy()
+        size, length = _norm(v), _norm(w_hat)
         figures = {"norm": size, "loss": loss}
         if known["projected"]:
-            figures["relative_error"] = (w.flatten() - w_hat).norm().item() / length
+            figures["relative_error"] = _norm(v - w_hat) / length
         if size > 0:
-            distance = 0.5 * (w.flatten() / size - w_hat / length).square().sum().item()
+            distance = 0.5 * _norm(v / size - w_hat / length) ** 2
             least = margins(output, y).min().item() / size
             figures |= {
                 "cosine_distance": distance,
@@ -173,8 +174,8 @@ class Direction(Probe):
         if k & (k - 1) == 0:
             half = memory.get("half")
             if half is not None:
-                grown = size - half["w"].norm().item()
-                moved = (w.flatten() - half["w"]).norm().item()
+                before = half["w"].cpu().numpy()
+                grown, moved = size - _norm(before), _norm(v - before)
                 figures["slope_ratio"] = moved / (math.log(2) * length)
                 figures["norm_growth"] = grown / (math.log(2) * length)
                 if loss > 0:
@@ -250,6 +251,10 @@ def margins(output: Tensor, y: Tensor) -> Tensor:
         return output[:, 0] * (2 * y - 1)
     own = output.gather(1, y[:, None])
     return (own - output.scatter(1, y[:, None], -math.inf).amax(1, keepdim=True)).squeeze(1)
+
+
+def _norm(v: np.ndarray) -> float:
+    return math.sqrt(float(np.square(v).sum()))
 
 
 def _pairs(w: Tensor, output: Tensor, y: Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim import checks, tree
-from fedsim.gaps import Buffer, Gaps, from_trees, gaps, push, subspace, to_trees
+from fedsim.gaps import Buffer, Gaps, Subspace, from_trees, gaps, push, subspace, to_trees
 from fedsim.probes.base import Memory, Probe, Snapshot
 
 if TYPE_CHECKING:
@@ -38,16 +38,23 @@ class Disagreement(Probe):
     Every ``hessian_every`` rounds, at the workers' average, with the gradient ``g`` and the ``k`` dominant eigenvectors
     ``U`` of the Hessian of the whole training loss (see `fedsim.analysis.disagreement`):
 
-    * ``capture``, ``overlap``, ``suppression`` of the span of the gaps, ``chi = |U^T g| / |g|``;
-    * ``capture_random``, what random subspaces of the same dimension capture, about q / P;
-    * ``lam_1``, ``lam_k``, ``lam_next`` (the eigenvalue after the k-th: without a drop the subspace is arbitrary);
+    * ``capture``, ``overlap``, ``suppression``, ``suppression_sq`` of the span of the gaps, and the mean and the largest
+      principal angle in degrees, ``angle_mean`` and ``angle_max``;
+    * ``capture_random``, the mean over random subspaces of the same dimension, about q / P as their overlap is too;
+    * ``capture_gradients``, ``overlap_gradients``, ``suppression_gradients`` of the span of q + 1 minibatch gradients at the
+      average less their mean, a strong rival that costs these gradients; left out for full gradients;
+    * ``chi = |U^T g| / |g|``, and the same for the first worker's full gradient at its own row, ``chi_worker``, and for
+      minibatch gradients on average, ``chi_minibatch``: both are far larger, as averaging removes sharp noise;
+    * ``lam_1``, ``lam_k``, ``lam_next`` (the eigenvalue after the k-th: without a drop the subspace is arbitrary) and
+      ``residual``, the largest ``|H u - lambda u| / |lambda|``;
     * ``eta_lam1_tau``, step size times largest eigenvalue times mean local steps: above about 5 a low capture is what
       theory says. Left out for local rules without ``lr``.
 
     Gaps are kept in the parameters' precision, 4 c P bytes for c gaps in float32; with ``sketch`` it is
-    4 c sketch, and capture and overlap are estimates with an error of about ``sqrt(2 / sketch)``. A
-    comparison takes some 2 k + 20 Hessian products. Rows must reach the server; the training's random streams are
-    left alone.
+    4 c sketch, and captures and overlaps are estimates with an error of about ``sqrt(2 / sketch)``, without angles and
+    suppressions. A round takes O(M^2 P) for M workers. A comparison takes some 2 k + 20 Hessian products, q + 1
+    minibatch gradients, and for a while some 20 q P + 8 k P bytes. Rows must reach the server; the training's random
+    streams are left alone.
 
     Parameters
     ----------
@@ -89,7 +96,7 @@ class Disagreement(Probe):
         return True
 
     def begin(self, experiment: Experiment, federation: Federation) -> Memory:
-        """Remember step size and seed; refuse a dominant space as large as the model.
+        """Remember step size, seed and batch size; refuse a dominant space as large as the model.
 
         Parameters
         ----------
@@ -112,7 +119,11 @@ class Disagreement(Probe):
         if self.hessian_every and k >= size:
             raise ValueError(f"Disagreement: k = {k} must be < {size}, the number of parameters")
         lr = _learning_rate(experiment.parts.client)
-        settings = {"lr": torch.tensor(lr, dtype=torch.float64), "seed": torch.tensor(experiment.seed)}
+        settings = {
+            "lr": torch.tensor(lr, dtype=torch.float64),
+            "seed": torch.tensor(experiment.seed),
+            "batch": torch.tensor(experiment.batch_size),
+        }
         return {"settings": settings}
 
     def measure(self, snapshot: Snapshot, memory: Memory) -> tuple[dict[str, float], Memory]:
@@ -141,7 +152,7 @@ class Disagreement(Probe):
         from fedsim.analysis import disagreement as D
         from fedsim.analysis.hessian import dominant
 
-        seed = int(memory["settings"]["seed"])
+        seed, batch = (int(memory["settings"][k]) for k in ("seed", "batch"))
         problem, theta = training_loss(snapshot.federation), average(snapshot, new.weight)
         gradient, _ = problem.gradient(theta)
         k = self._dimension(snapshot.federation)
@@ -150,27 +161,43 @@ class Disagreement(Probe):
         figures = {
             "capture_random": D.random_capture(found, RANDOM_DRAWS, seed, snapshot.round),
             "chi": D.chi(gradient, vectors),
+            "chi_worker": D.chi(problem.gradient(tree.take(snapshot.rows, 0))[0], vectors),
             "lam_1": pairs.values[0].item(),
             "lam_k": pairs.values[k - 1].item(),
             "lam_next": pairs.values[k].item(),
+            "residual": pairs.residuals.max().item(),
         }
-        if self.sketch:
-            inside = torch.cat([(vectors @ (vectors.T @ gradient))[None], vectors.T])
-            small = D.sketch(inside, self.sketch, seed)
-            figures["capture"], figures["overlap"] = D.sketched_capture(small[0], small[1:], found)
-        else:
-            whole = D.capture(gradient, vectors, found)
-            figures |= {
-                "capture": whole.capture,
-                "overlap": whole.overlap,
-                "suppression": whole.suppression,
-            }
+        inside = torch.cat([(vectors @ (vectors.T @ gradient))[None], vectors.T])
+
+        def against(span: Subspace, suffix: str = "") -> dict[str, float]:
+            if self.sketch:
+                small = D.sketch(inside, self.sketch, seed)
+                captured, overlap = D.sketched_capture(small[0], small[1:], span)
+                return {f"capture{suffix}": captured, f"overlap{suffix}": overlap}
+            whole = D.capture(gradient, vectors, span)
+            names = ("capture", "overlap", "suppression", *(() if suffix else ("suppression_sq",)))
+            angles = {} if suffix else _degrees(whole.angles)
+            return {f"{name}{suffix}": getattr(whole, name) for name in names} | angles
+
+        figures |= against(found)
+        if batch:
+            rivals = D.minibatch_gradients(
+                problem, theta, batch, found.rank + 1, seed, snapshot.round, self.sketch
+            )
+            figures |= against(D.span_of_centred(rivals), "_gradients")
+            some = D.minibatch_gradients(problem, theta, batch, RANDOM_DRAWS, seed, snapshot.round)
+            figures["chi_minibatch"] = sum(D.chi(v, vectors) for v in some) / len(some)
         tau = snapshot.report.steps.double().mean()
         scale = (memory["settings"]["lr"].cpu() * pairs.values[0] * tau).item()
         return figures if math.isnan(scale) else figures | {"eta_lam1_tau": scale}
 
     def _dimension(self, federation: Federation) -> int:
         return self.k or federation.dataset.num_outputs
+
+
+def _degrees(angles: Tensor) -> dict[str, float]:
+    degrees = angles.rad2deg()
+    return {"angle_mean": degrees.mean().item(), "angle_max": degrees.max().item()}
 
 
 def training_loss(federation: Federation) -> TrainingLoss:

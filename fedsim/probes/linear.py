@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients import SGD
+from clients import SGD, Prox
 from fedsim.models import Linear
+from fedsim.step_sizes import curvature, settle, smoothness
 from fedsim.tree import Tree
 from strategies import FedAvg
 
@@ -49,24 +50,19 @@ def need_linear(experiment: Experiment, federation: Federation, tasks: tuple[str
 
 def matrix(model: Tree) -> Tensor:
     """Write a linear model as one matrix ``[C, d]`` in float64; a bias is its last column."""
+    if len(model) == 1:
+        return next(iter(model.values())).double()
     return torch.cat([x.double().reshape(len(x), -1) for x in model.values()], dim=1)
 
 
-def features(federation: Federation, model: Tree) -> np.ndarray:
-    """Return the training rows ``[N, d]``, worker after worker, with a last entry 1 if the model has a bias."""
-    order = federation.train.order.to(federation.dataset.x.device)
-    x = federation.dataset.x[order].flatten(1).double().cpu().numpy()
-    return np.hstack([x, np.ones((len(x), 1))]) if len(model) > 1 else x
-
-
-def scores(federation: Federation, w: Tensor, rows: Tensor) -> Tensor:
-    """Return the outputs ``[N, C]`` of the matrix ``w`` ``[C, d]`` on rows of the data set."""
+def scores(federation: Federation, w: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the outputs ``[N, C]`` of the matrix ``w`` ``[C, d]`` on rows of the data set, None for all of them."""
     x = federation.dataset.x.flatten(1)
     w = w.to(x.dtype)
     out = x @ w[:, : x.shape[1]].T
     if w.shape[1] > x.shape[1]:
         out = out + w[:, -1]
-    return out[rows]
+    return out if rows is None else out[rows]
 
 
 def weights(experiment: Experiment, federation: Federation) -> np.ndarray:
@@ -81,33 +77,36 @@ def row_weights(experiment: Experiment, federation: Federation) -> np.ndarray:
     return np.repeat(weights(experiment, federation) / sizes, sizes)
 
 
-def step_size(experiment: Experiment) -> float | None:
-    """Return the step size of plain gradient descent with plain averaging; None for every other algorithm."""
-    client, strategy = experiment.parts.client, experiment.parts.strategy
+def step_size(
+    experiment: Experiment, federation: Federation, strategies: tuple[type, ...] = (FedAvg,)
+) -> float | None:
+    """Return the step size of plain gradient descent under one of some strategies; None for every other algorithm."""
+    client = settle(experiment, federation)
     if type(client) is not SGD or client.momentum or client.weight_decay:
         return None
-    return client.lr if isinstance(strategy, FedAvg) else None
+    return client.lr if isinstance(experiment.parts.strategy, strategies) else None
 
 
-def check_step(experiment: Experiment, nodes: list[np.ndarray], curvature: float) -> None:
-    """Warn once about a learning rate beyond ``2 / beta``, ``beta = curvature max_i |X_i|_2^2 / n_i``.
+def check_step(experiment: Experiment, federation: Federation) -> None:
+    """Warn about a step size beyond ``2 / (beta + mu)`` of gradient descent, with or without a proximal term.
 
     Parameters
     ----------
     experiment : Experiment
-        The run.
-    nodes : list of ndarray
-        Rows of each worker, ``[n_i, d]``.
-    curvature : float
-        Largest second derivative of the loss by the output: 1/4 logistic, 1 squared (half) and, at 0, exponential.
+        The run; its model is linear.
+    federation : Federation
+        Its data and model.
     """
-    eta = step_size(experiment)
-    if eta is None:
+    client, mu = settle(experiment, federation), 0.0
+    if type(client) is Prox:
+        client, mu = client.inner, client.mu
+    if type(client) is not SGD or client.momentum or curvature(federation.objective) is None:
         return
-    beta = curvature * max(float(np.linalg.norm(x, 2)) ** 2 / len(x) for x in nodes)
-    if eta * beta > 2:
+    beta = smoothness(experiment, federation)
+    if client.lr * (beta + mu) > 2:
+        name = "2 / (beta + mu)" if mu else "2 / beta"
         warnings.warn(
-            f"client = {experiment.client!r}: lr = {eta:g} is beyond the stability bound 2 / beta = {2 / beta:.6g}; "
-            "the loss may rise before it falls, or diverge",
+            f"client = {experiment.client!r}: lr = {client.lr:g} is beyond the stability bound {name} = "
+            f"{2 / (beta + mu):.6g}; the loss may rise before it falls, or diverge",
             stacklevel=2,
         )

@@ -1,0 +1,22 @@
+"""The short form of the notebook about fewer syncs runs, and what it asserts holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+THERE = Path(os.environ.get("FEDSIM_DATA", "/nowhere"), "tinyshakespeare").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not THERE, reason="FEDSIM_DATA names no folder that holds tinyshakespeare/")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_short_form(monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebooks'")
+    nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebooks'")
+    monkeypatch.setenv("FEDSIM_SHORT", "1")
+    notebook = nbformat.read(FOLDER / "fewer_syncs.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
