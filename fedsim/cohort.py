@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Literal, NamedTuple
@@ -16,9 +17,11 @@ from torch.func import functional_call
 from clients import LocalRule, LossNormalised, Projection, State
 from fedsim import random, tree
 from fedsim.batches import Sampler, Sampling
+from fedsim.captured import Captured
 from fedsim.experiment import BadInput, Experiment
 from fedsim.federation import DTYPES, Federation
 from fedsim.plans import PLANS, Cut, Done, Follow, Plan, Stacked, Work
+from fedsim.precision import products
 from fedsim.scores import Scorer
 from fedsim.stacked import Unsupported
 from fedsim.step_sizes import settle
@@ -347,8 +350,13 @@ class Cohort:
 
     def _make(self, name: str, rule: LocalRule | None = None) -> Plan:
         e, f = self.experiment, self.federation
+        if name == "graph" and self.device.type != "cuda":
+            raise BadInput(
+                f"plan = 'graph': needs a CUDA device, and this is {str(self.device)!r}; use 'auto'"
+            )
+        make = Captured if name == "graph" else PLANS[name]
         try:
-            return PLANS[name](f.module, f.objective, rule or self.rule, DTYPES[e.dtype])
+            return make(f.module, f.objective, rule or self.rule, DTYPES[e.dtype])
         except Unsupported as error:
             raise BadInput(
                 f"plan = {name!r}: model = {e.model!r} has a layer without a stacked form ({error}); "
@@ -363,7 +371,8 @@ class Cohort:
     def _run(self, work: Work) -> Done:
         if self.plan is None:
             self.plan_name, self.plan = self._fastest(work)
-        return self.plan.run(work)
+        with products(self.experiment.precision, self.device):
+            return self.plan.run(work)
 
     def _fastest(self, work: Work) -> tuple[str, Plan]:
         """Choose a plan: chains of affine maps are always best stacked, others are timed for two steps."""
@@ -373,26 +382,36 @@ class Cohort:
         candidates: dict[str, Plan] = {}
         try:
             stacked = Stacked(f.module, f.objective, self.rule, DTYPES[e.dtype])
-            if stacked.chain is not None:
+            if stacked.chain is not None and self.device.type == "cpu":
                 return "stacked", stacked
             candidates["stacked"] = stacked
         except Unsupported:
             candidates["vmap"] = PLANS["vmap"](f.module, f.objective, self.rule, DTYPES[e.dtype])
         candidates["loop"] = PLANS["loop"](f.module, f.objective, self.rule, DTYPES[e.dtype])
+        if self.device.type == "cuda":
+            candidates["graph"] = Captured(f.module, f.objective, self.rule, DTYPES[e.dtype])
         b = work.batches
         short = work._replace(batches=b._replace(steps=b.steps.clamp(max=2), active=b.active[:2]))
-        seconds = {}
+        first = short._replace(batches=b._replace(active=b.active[:1], steps=b.steps.clamp(max=1)))
+        seconds: dict[str, float] = {}
+        refused: dict[str, RuntimeError] = {}
         for name, plan in candidates.items():
-            plan.run(
-                short._replace(
-                    batches=short.batches._replace(active=b.active[:1], steps=b.steps.clamp(max=1))
-                )
-            )
-            self._synchronise()
-            start = time.perf_counter()
-            plan.run(short)
-            self._synchronise()
-            seconds[name] = time.perf_counter() - start
+            try:
+                with products(e.precision, self.device):
+                    plan.run(
+                        short if name == "graph" else first
+                    )  # a graph is recorded for one number of steps
+                    self._synchronise()
+                    start = time.perf_counter()
+                    plan.run(short)
+                    self._synchronise()
+                seconds[name] = time.perf_counter() - start
+            except RuntimeError as error:
+                refused[name] = error
+        if not seconds:
+            raise next(iter(refused.values()))
+        for name, error in refused.items():
+            warnings.warn(f"plan = 'auto': {name!r} does not run this model: {error}", stacklevel=2)
         best = min(seconds, key=lambda name: seconds[name])
         return best, candidates[best]
 

@@ -49,7 +49,8 @@ def scatter(points: Points, held_out: str, *, threshold: float = 0.0, width: flo
                 found = bins(inside[kept], outside[kept], width)
                 middle, some = (found.edges[:-1] + found.edges[1:]) / 2, found.count > 0
                 axes.plot(middle[some], found.mean[some], "o-", color=colour, markersize=5, linewidth=1.4)
-        axes.set(xlabel="accuracy in the training domains", ylabel=f"accuracy, held out: {held_out}")
+        axes.set(xlabel="accuracy in the training domains", ylabel="held-out accuracy")
+        axes.set_title(f"held out: {held_out}", fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
         legend(figure, axes, columns=2)
     return figure
@@ -80,7 +81,8 @@ def budgets(points: Points, held_out: str, *, step: int = 10) -> Figure:
             axes.plot(found["trials"], found["ood"], "o-", color=colour, label=label, markersize=4)
             axes.plot(found["trials"], found["oracle"], ":", color=colour, linewidth=1.2)
         axes.plot([], [], ":", color=PALE, label="chosen by the held-out domain (oracle)")
-        axes.set(xlabel="trials", ylabel=f"accuracy, held out: {held_out}")
+        axes.set(xlabel="trials", ylabel="held-out accuracy")
+        axes.set_title(f"held out: {held_out}", fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
         legend(figure, axes, columns=2)
     return figure

@@ -29,6 +29,7 @@ from fedsim.data import Partition, Source
 from fedsim.models import Linear, ModelSpec
 from fedsim.network import Network
 from fedsim.objectives import CrossEntropy, Exponential, Logistic, Objective
+from fedsim.precision import Precision
 from fedsim.probes import Probe
 from fedsim.registry import REGISTRY, BadInput, expression, nearest, parse
 from fedsim.schedule import DynamicSteps, FreeRunning, PostLocal, Schedule, TotalSteps
@@ -106,8 +107,11 @@ class Experiment(BaseModel):
         ``auto``, ``cpu`` or ``cuda`` (``cuda:1`` ...).
     dtype : {"float32", "float64"}
         Precision of parameters and features.
-    plan : {"auto", "stacked", "vmap", "compiled", "loop"}
-        How the engine batches workers; ``auto`` takes the fastest.
+    precision : {"full", "tf32", "bfloat16"}
+        Of the factors of products and convolutions in local steps: as they are, or rounded to 11 bits (on a GPU, and
+        nothing elsewhere) or 8 bits, relative errors of up to ``2^-11`` and ``2^-8``; with ``dtype = "float32"``.
+    plan : {"auto", "stacked", "graph", "vmap", "compiled", "loop"}
+        How the engine batches workers; ``auto`` takes the fastest. ``graph`` needs CUDA.
     nodes : int
         Nodes over which workers are spread when no Flower deployment says otherwise, >= 1.
     min_nodes : int
@@ -163,7 +167,8 @@ class Experiment(BaseModel):
     seed: int = Field(default=0, ge=0)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["float32", "float64"] = "float32"
-    plan: Literal["auto", "stacked", "vmap", "compiled", "loop"] = "auto"
+    precision: Precision = "full"
+    plan: Literal["auto", "stacked", "graph", "vmap", "compiled", "loop"] = "auto"
     nodes: int = Field(default=1, ge=1)
     min_nodes: int = Field(default=0, ge=0)
     round_timeout: float = Field(default=3600.0, gt=0)
@@ -212,6 +217,10 @@ class Experiment(BaseModel):
             raise BadInput(
                 f"strategy = {self.strategy!r}: Local-GD uses full gradients; set batch-size = 0 "
                 f"(it is {self.batch_size}) or strategy = 'FedAvg()'"
+            )
+        if self.precision != "full" and self.dtype != "float32":
+            raise BadInput(
+                f"precision = {self.precision!r}: needs dtype = 'float32', it is {self.dtype!r}; use precision = 'full'"
             )
         self._check_schedule()
         self._check_pairs()
@@ -411,7 +420,7 @@ class Experiment(BaseModel):
 def _contains(rule: Any, kind: type | UnionType, persistent: bool = False) -> bool:
     """Say whether a local rule is of a kind, and persistent if so wished, or wraps one that is."""
     fields = [f.name for f in dataclasses.fields(rule)] if dataclasses.is_dataclass(rule) else []
-    if isinstance(rule, kind) and (not persistent or rule.persistent):
+    if isinstance(rule, kind) and (not persistent or rule.persistent):  # type: ignore[attr-defined]
         return True
     return "inner" in fields and _contains(rule.inner, kind, persistent)  # type: ignore[attr-defined]
 

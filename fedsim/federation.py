@@ -156,7 +156,8 @@ def assemble(experiment: Experiment, dataset: Dataset, shards: Shards, first: in
         dataset.workers,
         dataset.labels,
         cuts,
-        dataset.domains and dataset.domains._replace(x=convert(dataset.domains.x), y=convert(dataset.domains.y)),
+        dataset.domains
+        and dataset.domains._replace(x=convert(dataset.domains.x), y=convert(dataset.domains.y)),
     )
     try:
         module, theta = initialise(parts.model, dataset.input_shape, dataset.num_outputs, e.seed, dtype)

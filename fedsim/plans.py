@@ -1,9 +1,10 @@
-"""Plans: four ways to run the same local steps of many workers, interchangeable and tested equal.
+"""Plans: ways to run the same local steps of many workers, interchangeable and tested equal.
 
 * `Stacked`: layers with a worker axis (`fedsim.stacked`); for chains of affine maps and activations the
   backward pass is written out, and plain gradient descent updates in place;
 * `Vmap`: ``torch.func`` on the module as it is; takes any functional model;
 * `Compiled`: `Vmap` through ``torch.compile``;
+* `fedsim.captured.Captured`: `Stacked` or `Vmap` as one CUDA graph a round;
 * `Loop`: one worker after the other, in threads on a CPU; the reference, and the fastest for convolutions.
 """
 
@@ -58,7 +59,7 @@ class Work(NamedTuple):
         Which rows are used when.
     worker : Tensor
         ``[m]`` ids.
-    stream : int
+    stream : int or Tensor
         Key of the round's uniform numbers.
     follow : callable or None
         ``(t, rows, positions, in_place) -> rows``: what is done to the rows at some positions after step t.
@@ -75,7 +76,7 @@ class Work(NamedTuple):
     y: Tensor
     batches: Batches
     worker: Tensor
-    stream: int
+    stream: int | Tensor
     follow: Follow | None = None
     record: bool = False
     cut: Cut | None = None
@@ -241,6 +242,11 @@ def _overwrite(old: Stack, new: Stack) -> None:
             old[k].copy_(x)
 
 
+def _rounded(work: Work) -> bool:
+    """Whether factors of products are rounded (see `fedsim.precision`)."""
+    return torch.is_autocast_enabled(work.worker.device.type)
+
+
 def _over(weight: Tensor, like: Tensor) -> Tensor:
     """Give weights ``[a, B]`` as many axes as ``like`` ``[a, B, ...]`` has."""
     return weight.view(*weight.shape, *(1,) * (like.ndim - 2))
@@ -297,11 +303,13 @@ class Stacked(_Batched):
         done = self._in_span(work)
         if done is not None:
             return done
-        return self._descend(work) if self.plain else super().run(work)
+        # In-place products take no rounded factors.
+        return self._descend(work) if self.plain and not _rounded(work) else super().run(work)
 
     def _in_span(self, work: Work) -> Done | None:
         """Make all steps on the same rows, if they can be made within their span."""
         even = work.follow is None and not work.record and work.batches.active[-1] == len(work.worker)
+        even = even and not _rounded(work)
         if self.span is None or not even or work.batches.rows.shape[1] > 1:
             return None
         total = len(work.batches.active)
@@ -337,14 +345,17 @@ class Stacked(_Batched):
         objective = of or self.objective
         if self.chain is not None:
             output, inputs = self.chain.forward(rows, batch.x)
-            loss, delta = objective.loss_and_residual(output, batch.y)
+            loss, delta = objective.loss_and_residual(output.to(self.feed.dtype), batch.y)
             if batch.weight is None:
-                return self.chain.gradient(rows, inputs, delta.div_(loss.shape[1])), loss.mean(1)
-            delta.mul_(_over(batch.weight, delta))
-            return self.chain.gradient(rows, inputs, delta), (loss * batch.weight).sum(1)
+                loss, delta = loss.mean(1), delta.div_(loss.shape[1])
+            else:
+                loss, delta = (loss * batch.weight).sum(1), delta.mul_(_over(batch.weight, delta))
+            gradient = self.chain.gradient(rows, inputs, delta)
+            return tree.tree_map(lambda x: x.to(self.feed.dtype), gradient), loss
         with torch.enable_grad():
             leaves = {k: x.detach().requires_grad_() for k, x in rows.items()}
-            loss = weighted_loss(objective, self.apply(leaves, batch.x), batch.y, batch.weight)
+            output = self.apply(leaves, batch.x).to(self.feed.dtype)
+            loss = weighted_loss(objective, output, batch.y, batch.weight)
             gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         return dict(zip(rows, gradients, strict=True)), loss.detach()
 
@@ -422,6 +433,9 @@ class Vmap(_Batched):
 
     def __init__(self, module: nn.Module, objective: Objective, rule: LocalRule, dtype: torch.dtype) -> None:
         super().__init__(rule, dtype)
+        module = copy.deepcopy(
+            module
+        )  # where a layer is used twice, functional_call leaves its tensors behind
 
         def loss(theta: Tree, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
             return (objective.loss(functional_call(module, theta, (x,)), y) * weight).sum()
@@ -530,7 +544,7 @@ class Loop:
         batches = work.batches
         theta, state = tree.take(work.anchor, i), tree.map_nested(lambda x: x[i], work.state)
         anchor = theta
-        own = dict(module.named_parameters())
+        own = {k: parameter.requires_grad_() for k, parameter in module.named_parameters()}
         every: list[Told] = []
         for t, step in enumerate(torch.arange(int(batches.steps[i]), device=u.device)):
             index = batches.rows[i, min(t, batches.rows.shape[1] - 1)]

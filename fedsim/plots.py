@@ -22,6 +22,8 @@ LABELS = {
     "test_loss": "test loss",
     "test_accuracy": "test accuracy",
     "test_perplexity": "test perplexity",
+    "id_accuracy": "training domains",
+    "ood_accuracy": "held-out domain",
     "held_loss.mean": "workers' own loss, mean",
     "held_accuracy.mean": "workers' own accuracy, mean",
 }
@@ -230,9 +232,19 @@ def _accuracy(history: pd.DataFrame, workers: Workers) -> Figure | None:
     return curves(history, ["test_accuracy", "held_accuracy.mean"], "accuracy", band="held_accuracy")
 
 
+def _domains(history: pd.DataFrame, workers: Workers) -> Figure | None:
+    if "id_accuracy" not in history:
+        return None
+    figure = curves(history, ["id_accuracy", "ood_accuracy"], "accuracy")
+    if figure is not None and "held_out" in workers:
+        figure.axes[0].set_title(f"held out: {workers['held_out']}", fontsize="small")
+    return figure
+
+
 FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, Workers], Figure | None]]] = {
     "loss": ("Loss after each round.", _loss),
     "accuracy": ("Accuracy after each round.", _accuracy),
+    "domains": ("Accuracy within the training domains, and in the domain that no worker has.", _domains),
     "costs": ("What it costs: gradients and bytes of all workers, and the simulated clock.", costs),
     "workers": (
         "Accuracy of the final model on the rows that each worker has kept for itself.",
@@ -268,6 +280,7 @@ PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("rise of the loss", ("rise", "m_sharpness")),
     ),
     "normalised_margin": (("margin", ("value",)), ("norm", ("norm",))),
+    "environments": (("risk", ("risk.mean", "risk.max")), ("penalty", ("penalty.mean", "penalty.max"))),
 }
 """Panels of probes: label of the vertical axis, and columns without the prefix."""
 
@@ -290,6 +303,7 @@ PROBES: dict[str, tuple[str, Callable[[pd.DataFrame, str], Figure | None]]] = {
         panels,
     ),
     "normalised_margin": ("Smallest normalised margin, and the norm of the parameters.", panels),
+    "environments": ("Risk and invariance penalty of the model over environments: mean and worst.", panels),
     "bias": ("Distance of the model from the limit of centralised training.", lines),
 }
 """Figures of probes by the prefix of their columns; a probe that is not here has its columns drawn as lines."""

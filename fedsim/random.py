@@ -62,12 +62,12 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 31).bitwise_and_(0x1FFFFFFFF))
 
 
-def bits(stream: int, *coordinates: Tensor) -> Tensor:
+def bits(stream: int | Tensor, *coordinates: Tensor) -> Tensor:
     """Hash integer coordinates into 64 random bits.
 
     Parameters
     ----------
-    stream : int
+    stream : int or Tensor
         A key.
     *coordinates : Tensor
         int64 tensors that broadcast against each other (worker, step, slot, ...).
@@ -83,7 +83,7 @@ def bits(stream: int, *coordinates: Tensor) -> Tensor:
     return x
 
 
-def uniform(stream: int, *coordinates: Tensor) -> Tensor:
+def uniform(stream: int | Tensor, *coordinates: Tensor) -> Tensor:
     """Draw float64 numbers in [0, 1), one for each combination of coordinates (see `bits`)."""
     return ((bits(stream, *coordinates) >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64) * 2.0**-53
 

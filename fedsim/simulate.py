@@ -213,7 +213,9 @@ def _evaluate_domains(
     """Evaluate within the training domains, each of equal weight, and name the figures of the held-out one."""
     inside = replace(federation.dataset, test_x=domains.x, test_y=domains.y)
     figures = {}
-    for name, x in zip(("loss", "accuracy"), evaluate(federation._replace(dataset=inside), model), strict=True):
+    for name, x in zip(
+        ("loss", "accuracy"), evaluate(federation._replace(dataset=inside), model), strict=True
+    ):
         own = torch.zeros(len(domains.names), dtype=torch.float64).index_add_(0, domains.domain, x.cpu())
         figures[f"id_{name}"] = (own / torch.bincount(domains.domain)).mean().item()
         figures[f"ood_{name}"] = metrics[f"test_{name}"]

@@ -36,10 +36,13 @@ def describe(federation: Federation) -> Workers:
     Returns
     -------
     dict
-        ``rows``, and of classes ``labels`` and ``classes``, their names.
+        ``rows``, and of classes ``labels`` and ``classes``, their names; ``held_out``, the name of a domain that
+        no worker has, where there is one.
     """
     data, shards = federation.dataset, federation.train
     found: Workers = {"rows": shards.sizes.tolist()}
+    if data.domains is not None:
+        found["held_out"] = data.domains.held_out
     w, c = shards.num_workers, max(2, data.num_outputs)
     if data.task in ("classes", "binary") and w * c <= MOST_COUNTS:
         owner = torch.repeat_interleave(torch.arange(w), shards.sizes)

@@ -111,7 +111,11 @@ def make_oracle(loss: Loss, x: Tensor, anchor: Tree, t: int = 0) -> Oracle:
         return torch.func.grad_and_value(loss)(theta, x)
 
     u = torch.tensor((0.25 + 0.37 * t) % 1, dtype=torch.float64)
-    broadcast = {"model": anchor, "control": tree.scale(0.3, anchor), "displacement": tree.scale(0.02, anchor)}
+    broadcast = {
+        "model": anchor,
+        "control": tree.scale(0.3, anchor),
+        "displacement": tree.scale(0.02, anchor),
+    }
     return Oracle(grad, anchor, broadcast, torch.tensor(t), u)
 
 
@@ -480,9 +484,15 @@ def test_prox_regularises_every_gradient_that_is_asked_for() -> None:
         (lambda: AdaptiveSGD(eta0=math.inf), "AdaptiveSGD: eta0 = inf must be finite"),
         (lambda: AdaptiveSGD(growth=-1.0), r"AdaptiveSGD: growth = -1\.0 must be >= 0"),
         (lambda: AdaptiveSGD(preset="sam"), "AdaptiveSGD: preset = 'sam' must be one of 'safe', .*"),
-        (lambda: SASAM(preset="delta_released"), "SASAM: preset = 'delta_released' must be one of 'safe', .*"),
+        (
+            lambda: SASAM(preset="delta_released"),
+            "SASAM: preset = 'delta_released' must be one of 'safe', .*",
+        ),
         (lambda: SASAM(damping=0.0), r"SASAM: damping = 0\.0 must be > 0"),
-        (lambda: SASAM(**{"first": "last"}), "SASAM: first = 'last' must be one of 'eta0', 'grow'"),
+        (
+            lambda: SASAM(**dict[str, Any](first="last")),
+            "SASAM: first = 'last' must be one of 'eta0', 'grow'",
+        ),
         (
             lambda: WarmupCosine(Prox(AdaptiveSGD())),
             r"WarmupCosine: inner = .* must have a learning rate of its own; AdaptiveSGD adapts its step, .*",

@@ -1,29 +1,37 @@
 """Domains: the invariance penalty and its federated form, colours and angles, and what is measured on a held-out domain."""
 
 import math
+import os
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import fedsim
 from clients import IRM, SGD
-from fedsim import Experiment
-from fedsim.data import ColoredDigits, RotatedDigits
+from fedsim import Experiment, workers
+from fedsim.analysis.generalisation import ADAPTIVE, RANGES, bins, budget, draw, pattern
+from fedsim.analysis.shifts import between_workers, clusters, shift
+from fedsim.data import MNIST, ColoredDigits, Digits, RotatedDigits, Shifted
 from fedsim.data.domains import draw_environment, grey, rotate
+from fedsim.domain_plots import budgets, scatter
 from fedsim.federation import load
 from fedsim.invariance import Slope, part_weights, penalty, slope_of
 from fedsim.objectives import CrossEntropy, Exponential, Logistic, Objective
 from fedsim.probes import Snapshot
 from fedsim.registry import BadInput
+from fedsim.simulate import RunFailed
 from strategies import FedIRM
 
+IMAGES = np.asarray(load_digits(return_X_y=True)[0]).reshape(-1, 8, 8)
 ROOT = Path(__file__).parents[1]
 BINARY = (
     Logistic(),
@@ -48,6 +56,10 @@ TINY = {
     "device": "cpu",
     "plan": "stacked",
 }
+
+
+def tiny(**settings: Any) -> Experiment:
+    return Experiment.from_mapping(TINY | settings)
 
 
 def last(experiment: Experiment) -> Snapshot:
@@ -213,8 +225,8 @@ def centralised(experiment: Experiment) -> dict[str, Tensor]:
 @pytest.mark.parametrize("on_anneal", ["rebuild", "keep", "domainbed_compat"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "nesterov", "rmsprop", "adam"])
 def test_one_step_a_round_is_centralised_training(optimiser: str, on_anneal: str) -> None:
-    e = Experiment(
-        **TINY, client=IRM(), rounds=30,
+    e = tiny(
+        client=IRM(), rounds=30,
         strategy=FedIRM(optimiser, lr=0.01, anneal=12, on_anneal=on_anneal),  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     model, wanted = last(e).model, centralised(e)
@@ -222,9 +234,7 @@ def test_one_step_a_round_is_centralised_training(optimiser: str, on_anneal: str
 
 
 def test_without_division_too() -> None:
-    e = Experiment(
-        **TINY, client=IRM(), rounds=10, strategy=FedIRM("adam", 0.01, penalty=100.0, anneal=4, divide=False)
-    )
+    e = tiny(client=IRM(), rounds=10, strategy=FedIRM("adam", 0.01, penalty=100.0, anneal=4, divide=False))
     model, wanted = last(e).model, centralised(e)
     assert max((model[k] - wanted[k]).abs().max().item() for k in wanted) < 1e-9
 
@@ -278,7 +288,7 @@ def test_several_workers_of_a_domain_can_pool_their_slopes() -> None:
 def test_all_plans_agree(settings: dict, split: bool) -> None:
     def model(plan: str) -> dict[str, Tensor]:
         given = {**TINY, "plan": plan, "rounds": 4, **settings}
-        e = Experiment(
+        e = tiny(
             **given,
             client=IRM(SGD(lr=0.5), split=split),
             strategy=FedIRM("sgd", lr=1.0, anneal=2, penalty=20.0),
@@ -294,29 +304,25 @@ def test_all_plans_agree(settings: dict, split: bool) -> None:
 
 def test_the_penalty_costs_gradients() -> None:
     for split, gradients in ((False, 2), (True, 3)):
-        snapshot = last(Experiment(**TINY, rounds=3, client=IRM(split=split), strategy=FedIRM()))
+        snapshot = last(tiny(rounds=3, client=IRM(split=split), strategy=FedIRM()))
         assert snapshot.clock.gradients == gradients * 2 * 3
         assert snapshot.clock.local_steps == 2 * 3
 
 
 def test_fedsgd_is_fedavg_for_plain_steps_of_1() -> None:
-    a = last(Experiment(**TINY, rounds=3, client="SGD(lr=0.1)", strategy="FedSGD('sgd', lr=1.0)")).model
-    b = last(Experiment(**TINY, rounds=3, client="SGD(lr=0.1)", strategy="FedAvg()")).model
+    a = last(tiny(rounds=3, client="SGD(lr=0.1)", strategy="FedSGD('sgd', lr=1.0)")).model
+    b = last(tiny(rounds=3, client="SGD(lr=0.1)", strategy="FedAvg()")).model
     torch.testing.assert_close(a, b, atol=1e-13, rtol=0)
 
 
 def test_local_irm_steps_warn_and_are_labelled(tmp_path: Path) -> None:
-    e = Experiment(
-        **{**TINY, "local_steps": 5}, rounds=1, client=IRM(), strategy=FedIRM(), out=str(tmp_path / "run")
-    )
+    e = tiny(**{"local_steps": 5}, rounds=1, client=IRM(), strategy=FedIRM(), out=str(tmp_path / "run"))
     with pytest.warns(UserWarning, match="local-steps = 5: local IRM steps are known to fail"):
         done = fedsim.run(e, draw=False)
     assert done.summary["label"].startswith("local IRM steps")
-    assert Experiment(**TINY, client=IRM(), strategy=FedIRM()).label == ""
+    assert tiny(client=IRM(), strategy=FedIRM()).label == ""
     compat = FedIRM("momentum", anneal=7, on_anneal="domainbed_compat")
-    assert (
-        Experiment(**TINY, client=IRM(), strategy=compat).label == "Adam in place of momentum from step 7 on"
-    )
+    assert tiny(client=IRM(), strategy=compat).label == "Adam in place of momentum from step 7 on"
 
 
 @pytest.mark.parametrize(
@@ -336,14 +342,14 @@ def test_local_irm_steps_warn_and_are_labelled(tmp_path: Path) -> None:
 )
 def test_bad_input(settings: dict, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        Experiment(**{**TINY, **settings})
+        tiny(**settings)
 
 
 def test_workers_are_whole_domains_or_equal_parts_of_them() -> None:
     with pytest.raises(
         BadInput, match="num-workers = 3 is larger than the 2 natural workers of colored digits"
     ):
-        load(Experiment(**{**TINY, "num_workers": 3}))
+        load(tiny(**{"num_workers": 3}))
     workers = ColoredDigits(rows=100).load(0, 4).workers
     assert workers is not None
     assert torch.bincount(workers).tolist() == [50] * 4
@@ -420,7 +426,7 @@ def test_colored_digits_have_the_documented_form() -> None:
 
 
 def test_rotation_has_the_golden_numbers() -> None:
-    image = load_digits().images[:1] / 16
+    image = IMAGES[:1] / 16
     assert image.sum() == pytest.approx(18.375)
     assert (image**2).sum() == pytest.approx(11.9921875)
     row = [
@@ -435,7 +441,7 @@ def test_rotation_has_the_golden_numbers() -> None:
 
 
 def test_rotation_by_0_is_the_identity_and_by_90_a_permutation() -> None:
-    images = load_digits().images[:20] / 16
+    images = IMAGES[:20] / 16
     assert np.array_equal(rotate(images, 0), images)
     turned = rotate(images, 90)
     np.testing.assert_allclose(np.sort(turned.reshape(20, -1)), np.sort(images.reshape(20, -1)), atol=1e-12)
@@ -455,12 +461,29 @@ def test_rotated_digits_have_the_documented_form(held_out: float) -> None:
     assert f"{held_out:g} degrees" == data.domains.held_out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path(os.environ.get("FEDSIM_DATA", ""), "mnist").is_dir() or "FEDSIM_DATA" not in os.environ,
+    reason="FEDSIM_DATA names no folder that holds mnist/",
+)
+def test_the_same_on_mnist() -> None:
+    x, digit = grey("mnist")
+    assert (x.shape, x.min(), x.max()) == ((60_000, 14, 14), 0, 1)
+    raw = MNIST().load(0, 1).x[:, 0, ::2, ::2]
+    assert np.corrcoef(raw.flatten().numpy(), x.ravel())[0, 1] == pytest.approx(1, abs=1e-6)
+    colored = ColoredDigits(pictures="mnist", rows=100).load(seed=0, num_workers=2)
+    assert colored.x.shape == (200, 2, 14, 14)
+    rotated = RotatedDigits(pictures="mnist", angles=(0.0, 90.0), held_out=90.0).load(seed=0, num_workers=1)
+    assert rotated.test_x.shape == (30_000, 1, 14, 14)
+    assert len(digit) == 60_000
+
+
 # ------------------------------------------------------------------------------------------------- figures
 
 
 def test_id_accuracy_is_a_mean_over_domains_and_ood_accuracy_that_of_the_test_set() -> None:
-    e = Experiment(
-        **{**TINY, "data": "RotatedDigits()", "objective": "CrossEntropy()", "num_workers": 5}, rounds=2,
+    e = tiny(
+        **{"data": "RotatedDigits()", "objective": "CrossEntropy()", "num_workers": 5}, rounds=2,
         client="SGD(lr=1.0)", strategy="FedSGD('adam', lr=0.01)",
     )  # fmt: skip
     snapshot = last(e)
@@ -474,6 +497,222 @@ def test_id_accuracy_is_a_mean_over_domains_and_ood_accuracy_that_of_the_test_se
     assert snapshot.metrics["id_accuracy"] == pytest.approx(sum(own) / 5)
     assert snapshot.metrics["ood_accuracy"] == snapshot.metrics["test_accuracy"]
     assert snapshot.metrics["ood_loss"] == snapshot.metrics["test_loss"]
+
+
+def test_risk_and_penalty_of_every_environment() -> None:
+    snapshot = last(tiny(rounds=2, client=IRM(), strategy=FedIRM(), probes="Environments()"))
+    data, found = snapshot.federation.dataset, []
+    for i in (0, 1):
+        own = data.workers == i
+        z = functional_call(snapshot.federation.module, snapshot.model, (data.x[own],))
+        found.append((
+            Logistic().loss(z, data.y[own]).mean().item(),
+            penalty(Logistic(), z, data.y[own]).item(),
+        ))
+    risks, penalties = zip(*found, strict=True)
+    assert snapshot.metrics["environments.risk.mean"] == pytest.approx(sum(risks) / 2)
+    assert snapshot.metrics["environments.penalty.mean"] == pytest.approx(sum(penalties) / 2)
+    assert snapshot.metrics["environments.penalty.max"] == pytest.approx(max(penalties))
+    with pytest.raises(BadInput, match="Exponential has no slope here"):
+        last(tiny(**{"objective": "Exponential()"}, rounds=1, probes="Environments()"))
+
+
+def test_the_run_directory_tells_both_accuracies_and_names_the_held_out_domain(tmp_path: Path) -> None:
+    e = tiny(**{"eval_every": 1}, rounds=3, client=IRM(), strategy=FedIRM(), out=str(tmp_path / "run"))
+    done = fedsim.run(e)
+    assert {"id_accuracy", "ood_accuracy", "id_loss", "ood_loss"} <= {*done.history} & {*done.summary}
+    assert workers.read(tmp_path / "run")["held_out"] == "colour flips 0.9"
+    assert list((tmp_path / "run/figures").glob("domains.*"))
+
+
+# ------------------------------------------------------------------------------------------- many runs
+
+
+def test_bins_filters_and_budgets_of_a_table_by_hand() -> None:
+    inside = np.array([0.1, 0.2, 0.29, 0.3, 0.7, 0.7, 0.95, 1.0, 0.0, 0.9])
+    outside = np.array([0.5, 0.1, 0.3, 0.6, 0.2, 0.4, 0.8, 0.6, 0.9, 0.1])
+    found = bins(inside, outside)
+    assert found.count.tolist() == [1, 1, 2, 1, 0, 0, 0, 2, 0, 3]
+    wanted = [0.9, 0.5, 0.2, 0.6, np.nan, np.nan, np.nan, 0.3, np.nan, 0.5]
+    np.testing.assert_allclose(found.mean, wanted, atol=1e-15)
+    curve = budget(inside, outside, step=4, top=2)
+    assert curve["trials"].tolist() == [4, 8, 10]
+    assert curve["id"].tolist() == [0.3, 1.0, 1.0]
+    assert curve["ood"].tolist() == [0.6, 0.6, 0.6]
+    assert curve["oracle"].tolist() == [0.6, 0.8, 0.9]
+    np.testing.assert_allclose(curve["top"], [0.45, 0.7, 0.7])
+    np.testing.assert_allclose(curve["mean"], [0.375, 0.4375, 0.45])
+    figure = scatter({"one": (inside, outside)}, "75 degrees", threshold=0.3)
+    assert figure.axes[0].get_title() == "held out: 75 degrees"
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["one (6 of 10)"]
+    figure = budgets({"one": (inside, outside)}, "75 degrees", step=4)
+    assert figure.axes[0].get_title() == "held out: 75 degrees"
+    assert "oracle" in figure.axes[0].get_legend_handles_labels()[1][1]
+
+
+@pytest.mark.parametrize("width", [0.1, 0.05, 0.2, 0.25])
+def test_every_edge_falls_into_the_bin_that_begins_there(width: float) -> None:
+    number = round(1 / width)
+    edges = np.array([i / number for i in range(number + 1)])
+    assert bins(edges, edges, width).count.tolist() == [1] * (number - 1) + [2]
+
+
+@pytest.mark.parametrize(
+    ("bend", "name"), [(1.5, "increasing returns"), (-1.5, "diminishing returns"), (0, "linear")]
+)
+def test_patterns(bend: float, name: str) -> None:
+    rng = np.random.default_rng(0)
+    inside = rng.random(200)
+    outside = 0.3 * inside + bend * np.maximum(inside - 0.5, 0) + 0.02 * rng.standard_normal(200)
+    found = pattern(inside, outside, draws=200)
+    assert found.name == name
+    assert found.high - found.low == pytest.approx(bend, abs=0.1)
+
+
+def test_draws_of_optimisers_are_admissible_and_share_what_they_have_in_common() -> None:
+    of = {name: draw(name, 20, seed=1) for name in RANGES}
+    for name, found in of.items():
+        assert found[:5] == draw(name, 5, seed=1)
+        for one in found:
+            e = Experiment.from_mapping(one.settings)
+            assert 16 <= e.batch_size <= 128
+            assert 1e-6 <= one.weight_decay <= 1e-2
+            assert math.log10(one.arguments["lr"]) == pytest.approx(sum(RANGES[name]["lr"]) / 2, abs=1.5)
+    assert [d.batch_size for d in of["sgd"]] == [d.batch_size for d in of["adam"]]
+    with pytest.raises(ValueError, match="optimiser = 'adagrad' must be one of sgd, momentum"):
+        draw("adagrad", 1)
+
+
+def sweep(settings: dict, number: int, rounds: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    found = {}
+    for name in RANGES:
+        runs = []
+        for one in draw(name, number):
+            e = Experiment.from_mapping(settings | one.settings | {"rounds": rounds})
+            try:
+                metrics = last(e).metrics
+            except RunFailed:  # a run that diverged is a run, at chance
+                metrics = {"id_accuracy": 0.1, "ood_accuracy": 0.1}
+            runs.append((metrics["id_accuracy"], metrics["ood_accuracy"]))
+        inside, outside = np.array(runs, dtype=float).T
+        found[name] = (inside, outside)
+    return found
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
+
+
+SWEEP = {
+    "partition": "Natural()",
+    "eval-every": 0,
+    "dtype": "float64",
+    "device": "cpu",
+    "plan": "stacked",
+}
+ROTATED = SWEEP | {"model": "MLP(hidden=(32,))", "objective": "CrossEntropy()", "num-workers": 5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held_out", [0, 75])
+def test_optimisers_by_accuracy_in_a_held_out_angle(held_out: int) -> None:
+    found = sweep(ROTATED | {"data": f"RotatedDigits(held_out={held_out}.0)"}, 30, 250)
+    adaptive, others = (
+        np.concatenate([np.array(points).T for name, points in found.items() if (name in ADAPTIVE) == kind])
+        for kind in (True, False)
+    )
+    pooled = rank_correlation(*np.concatenate([adaptive, others]).T)
+    adaptive, others = (runs[runs[:, 0] >= 0.8] for runs in (adaptive, others))
+    gap = others[:, 1].mean() - adaptive[:, 1].mean()
+    print(
+        f"held out {held_out} degrees: non-adaptive minus adaptive {gap:+.3f}, rank correlation {pooled:.2f}"
+    )
+    if held_out == 0:  # at the other end of the range the sign is only recorded
+        assert gap > 0
+        assert abs(others[:, 0].mean() - adaptive[:, 0].mean()) < 0.04
+        assert pooled > 0.45  # of all runs
+
+
+@pytest.mark.slow
+def test_better_risk_minimisers_follow_the_colour_more() -> None:
+    settings = SWEEP | {
+        "data": "ColoredDigits(colours=(0.2, 0.1), rows=1000)",
+        "model": "MLP(hidden=(32, 32), init='xavier')",
+        "objective": "Logistic()",
+        "num-workers": 2,
+    }
+    found = sweep(settings, 12, 250)
+    inside, outside = (np.concatenate([points[i] for points in found.values()]) for i in (0, 1))
+    assert rank_correlation(inside, outside) < -0.6
+
+
+# ------------------------------------------------------------------------------------- how domains differ
+
+
+def test_shifts_of_tables_by_hand() -> None:
+    apart = shift(np.array([[1, 1], [0, 0]]), np.array([[0, 0], [1, 1]]))
+    assert apart == (1, 0)
+    assert shift(np.eye(2), np.eye(2)) == (0, 0)
+    assert shift(np.eye(2), np.eye(2)[::-1]) == (0, 1)
+    half = shift(np.array([[1, 1], [1, 1], [0, 0]]), np.array([[1, 1], [0, 0], [1, 1]]))
+    assert half == (0.5, 0)
+    with pytest.raises(ValueError, match="must be two of the same"):
+        shift(np.ones((2, 2)), np.ones((3, 2)))
+
+
+def test_colours_are_a_correlation_shift_by_the_difference_of_their_rates() -> None:
+    training, _, outside = ColoredDigits().environments(seed=0)
+    label, colour = (np.concatenate([getattr(e, k) for e in (*training, outside)]) for k in ("y", "colour"))
+    diversity, correlation = between_workers(colour, label, np.repeat([0, 1, 2], 2000))
+    assert np.abs(diversity).max() == 0
+    assert correlation[0, 1] == pytest.approx(0.2, abs=1e-3)
+    assert correlation[0, 2] == pytest.approx(0.6, abs=1e-3)
+    assert correlation[1, 2] == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("data", "partition", "diverse", "correlated"),
+    [
+        ("Digits()", "IID()", False, False),
+        ("Digits()", "ByQuantity(sigma=0.5)", False, False),
+        ("Digits()", "Pathological(classes=2)", True, False),
+        ("Shifted(Digits(), noise=60.0)", "Natural()", True, False),
+        ("Shifted(Digits(), exchange=10)", "Natural()", False, True),
+    ],
+)
+def test_each_kind_of_shift_is_measured_as_such(
+    data: str, partition: str, diverse: bool, correlated: bool
+) -> None:
+    given = {**TINY, "data": data, "partition": partition, "objective": "CrossEntropy()"}
+    federation = load(Experiment.from_mapping(given))
+    order, owner = federation.train.order, np.repeat([0, 1], federation.train.sizes)
+    rows = federation.dataset.x[order]
+    # Labels shift the features of classes as such; the others are seen by how far a row is from the middle.
+    label = federation.dataset.y[order].numpy()
+    far = (rows.flatten(1).square().mean(1).sqrt() * 2).round().long().numpy()
+    feature = label if "Pathological" in partition else far if "noise" in data else clusters(rows.numpy(), 10)
+    diversity, correlation = (table[0, 1] for table in between_workers(feature, label, owner))
+    assert (diversity > 0.5) == diverse
+    assert (diversity < 0.05) != diverse
+    assert (correlation > 0.5) == correlated
+
+
+def test_shifted_rows_are_those_of_the_source() -> None:
+    plain, shifted = Digits().load(0, 4), Shifted(Digits(), exchange=3).load(0, 4)
+    assert torch.equal(plain.x, shifted.x)
+    assert shifted.workers is not None
+    for i in range(4):
+        own = shifted.workers == i
+        pairs = {(a, b) for a, b in zip(plain.y[own].tolist(), shifted.y[own].tolist(), strict=True)}
+        assert len(pairs) == 10
+        assert sum(a != b for a, b in pairs) == 3
+    noisy = Shifted(Digits(), noise=4.0).load(0, 4)
+    assert noisy.workers is not None
+    for i in range(4):
+        added = (noisy.x - plain.x)[noisy.workers == i]
+        assert added.var().item() == pytest.approx(i + 1, rel=0.05)
+    with pytest.raises(ValueError, match="exchange = 11 must be at most the classes of digits, 10"):
+        Shifted(Digits(), exchange=11).load(0, 2)
 
 
 # ------------------------------------------------------------------------------- failure, repair, and failure
@@ -526,6 +765,7 @@ def test_local_irm_steps_end_in_the_colour_rule() -> None:
                 "client": "IRM(AdamW(lr=0.001, weight_decay=0.0), l2=0.001)",
                 "strategy": "FedIRM('sgd', lr=1.0)",
                 "local-steps": 5,
+                "rounds": 101,  # 501 local steps in all; in further rounds it drifts towards a constant
             },
         )
     assert outside < 0.2

@@ -28,6 +28,7 @@ CHANGED = {
     "network": "Network(latency=0.1)",
     "schedule": "Synchronous(sigma=0.5)",
     "probes": "Drift(); WorkerLoss()",
+    "precision": "full",  # others need dtype = "float32"
     "num-workers": 7,
     "participation": 0.5,
     "rounds": 3,
@@ -118,8 +119,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"round-timeout": 0}, "round-timeout = 0 must be > 0"),
     ({"device": "gpu"}, "device = 'gpu' must be 'auto', 'cpu', 'cuda' or 'cuda:<number>'"),
     ({"dtype": "float46"}, "dtype = 'float46' must be 'float32' or 'float64'; did you mean 'float64'?"),
-    ({"plan": "xyzzy"}, "plan = 'xyzzy' must be 'auto', 'stacked', 'vmap', 'compiled' or 'loop'"),
-    ({"plan": 3}, "plan = 3 must be 'auto', 'stacked', 'vmap', 'compiled' or 'loop'"),
+    ({"plan": "xyzzy"}, "plan = 'xyzzy' must be 'auto', 'stacked', 'graph', 'vmap', 'compiled' or 'loop'"),
+    ({"plan": 3}, "plan = 3 must be 'auto', 'stacked', 'graph', 'vmap', 'compiled' or 'loop'"),
     ({"engine": "ray"}, "engine = 'ray' must be 'in-process' or 'flower'"),
     ({"client": "SDG()"}, "client = 'SDG()': unknown name 'SDG'; did you mean 'SGD'? allowed: SGD, "),
     ({"client": "SGD(lr=-1)"}, "client = 'SGD(lr=-1)': SGD: lr = -1.0 must be > 0"),

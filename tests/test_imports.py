@@ -24,8 +24,10 @@ LAYERS = [
         "gpt_neo",
     },
     {"probes", "network", "schedule", "step_sizes", "invariance"},
+    {"precision"},
     {"registry", "experiment"},
     {"federation", "batches", "stacked", "span", "plans", "scores"},
+    {"captured"},
     {"cohort", "carriers", "curvature", "play", "simulate"},
     {"checkpoints", "history", "workers", "text_sample", "plots", "runs", "messages", "grid", "over_grid"},
     {

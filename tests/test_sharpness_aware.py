@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_golden_sequences(
     client: str, eta: list[float], rho: list[float] | None, end: list[float], plan: str
 ) -> None:
     assert weights(bowls(client=client, plan=plan))[-1] == pytest.approx(end, abs=1e-9)
-    remembering = {"client": client, "plan": plan, "strategy": "Remembering()"}
+    remembering: dict[str, Any] = {"client": client, "plan": plan, "strategy": "Remembering()"}
     found = [steps(bowls(**remembering, local_steps=n))[0][0] for n in range(1, 6)]
     assert found == pytest.approx(eta, abs=1e-9)
     rule = bowls(client=client).parts.client
@@ -247,10 +248,11 @@ FEDERATED = [
 def test_golden_sequences_of_two_workers(
     settings: dict[str, str], expected: list[list[float]], eta: list[list[float]] | None, plan: str
 ) -> None:
-    run = {"workers": 2, "rounds": 2, "local_steps": 2, "plan": plan}
-    assert weights(bowls(**run, **settings)) == [pytest.approx(w, abs=1e-9) for w in expected]
+    run: dict[str, Any] = {"workers": 2, "rounds": 2, "local_steps": 2, "plan": plan, **settings}
+    assert weights(bowls(**run)) == [pytest.approx(w, abs=1e-9) for w in expected]
     if eta is not None:
-        found = steps(bowls(**run, **{**settings, "strategy": "Remembering()"}))
+        run["strategy"] = "Remembering()"
+        found = steps(bowls(**run))
         assert found == [pytest.approx(x, abs=1e-9) for x in eta]
 
 
@@ -369,6 +371,25 @@ def test_all_plans_are_a_loop_over_workers(client: str, strategy: str, more: dic
     reference = model("loop")
     for plan in ("stacked", "vmap"):
         assert (model(plan) - reference).norm() / reference.norm() < 1e-10
+
+
+@pytest.mark.parametrize(("client", "strategy"), RULES)
+def test_workers_on_several_nodes_and_a_resumed_run_change_nothing(client: str, strategy: str) -> None:
+    experiment = blobs(client=client, strategy=strategy, plan="stacked")
+    straight = list(fedsim.rounds(experiment))
+    *_, (spread, _) = fedsim.rounds(experiment.replace({"nodes": 3}))
+    assert_close(spread.model, straight[-1][0].model)
+    federation = load(experiment)
+    carrier = InProcess(experiment, federation)
+    half = fedsim.rounds(experiment, federation, carrier)
+    next(half)
+    _, position = next(half)
+    kept = [tree.clone(c.checkpoint()) for c in carrier.cohorts]
+    again = InProcess(experiment, federation)
+    for cohort, saved in zip(again.cohorts, kept, strict=True):
+        cohort.restore(saved)
+    *_, (resumed, _) = fedsim.rounds(experiment, federation, again, position)
+    assert_close(resumed.model, straight[-1][0].model, tolerance=0.0)
 
 
 def test_mofedsam_divides_by_each_workers_own_steps() -> None:

@@ -64,6 +64,14 @@ def draw(optimiser: str, number: int, seed: int = 0) -> list[Draw]:
     ------
     ValueError
         If the optimiser is unknown.
+
+    Examples
+    --------
+    A run of a sweep is ``fedsim.Experiment.from_mapping(base | one.settings)``.
+
+    >>> one = draw("momentum", 1)[0]
+    >>> sorted(one.settings), sorted(one.arguments)
+    (['batch-size', 'client', 'local-steps', 'strategy'], ['beta1', 'lr'])
     """
     if optimiser not in RANGES:
         raise ValueError(f"draw: optimiser = {optimiser!r} must be one of {', '.join(RANGES)}")
@@ -148,11 +156,11 @@ def budget(inside: np.ndarray, outside: np.ndarray, step: int = 10, top: int = 1
     out: dict[str, list[float]] = {k: [] for k in ("id", "ood", "oracle", "top", "mean")}
     for n in trials:
         order = np.argsort(-inside[:n], kind="stable")
-        out["id"].append(inside[order[0]])
-        out["ood"].append(outside[order[0]])
-        out["oracle"].append(outside[:n].max())
-        out["top"].append(outside[order[:top]].mean())
-        out["mean"].append(outside[:n].mean())
+        out["id"].append(float(inside[order[0]]))
+        out["ood"].append(float(outside[order[0]]))
+        out["oracle"].append(float(outside[:n].max()))
+        out["top"].append(float(outside[order[:top]].mean()))
+        out["mean"].append(float(outside[:n].mean()))
     return {"trials": trials} | {k: np.array(v) for k, v in out.items()}
 
 

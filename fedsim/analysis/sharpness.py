@@ -69,7 +69,8 @@ def power_iteration(multiply: Product, start: Tensor, *, tol: float = 1e-4, most
     Examples
     --------
     >>> spectrum = torch.tensor([-6.5, 1.0, 4.0], dtype=torch.float64)
-    >>> round(power_iteration(lambda v: spectrum * v, torch.ones(3, dtype=torch.float64)).value, 3)
+    >>> start = torch.ones(3, dtype=torch.float64)
+    >>> round(power_iteration(lambda v: spectrum * v, start, tol=1e-9).value, 3)
     4.0
     """
     if not tol > 0:

@@ -82,3 +82,26 @@ def between_workers(
     np.add.at(tables, (worker, feature, label), 1)
     found = np.array([[shift(p, q) for q in tables] for p in tables])
     return found[..., 0], found[..., 1]
+
+
+def clusters(x: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
+    """Give each row a discrete feature: its cluster among those of all rows together (k-means of scikit-learn).
+
+    Parameters
+    ----------
+    x : ndarray
+        ``[N, *]``.
+    number : int
+        Clusters; with few rows a cluster, a feature may be absent at a worker by chance.
+    seed : int
+        Of the start.
+
+    Returns
+    -------
+    ndarray
+        ``[N]``, 0 to ``number - 1``.
+    """
+    from sklearn.cluster import KMeans
+
+    flat = np.asarray(x, dtype=np.float64).reshape(len(x), -1)
+    return KMeans(number, n_init="auto", random_state=seed).fit_predict(flat)

@@ -22,6 +22,7 @@ from fedsim.data.partitions import (
     Shared,
 )
 from fedsim.data.shards import Shards, hold_out
+from fedsim.data.shifted import Shifted
 from fedsim.data.sources import CIFAR10, MNIST, Digits, TinyShakespeare, TinyStories
 from fedsim.data.synthetic import Synthetic
 from fedsim.data.toys import Blank, LowRank, Parabolas
@@ -60,6 +61,7 @@ __all__ = [
     "Separable",
     "Shards",
     "Shared",
+    "Shifted",
     "Source",
     "Synthetic",
     "TinyShakespeare",

@@ -45,7 +45,7 @@ class Environment(NamedTuple):
 
 @lru_cache(maxsize=2)
 def grey(pictures: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return grey pictures in [0, 1] as float32, ``[n, side, side]``, and their digits; callers must not change them.
+    """Return grey pictures in [0, 1] as float64, ``[n, side, side]``, and their digits; callers must not change them.
 
     Parameters
     ----------
@@ -60,12 +60,13 @@ def grey(pictures: str) -> tuple[np.ndarray, np.ndarray]:
     if pictures == "digits":
         from sklearn.datasets import load_digits
 
-        pixels, digit = load_digits(return_X_y=True)
+        pixels, digit = (np.asarray(part) for part in load_digits(return_X_y=True))
         return (pixels / 16).reshape(-1, 8, 8), digit.astype(np.int64)
     data = MNIST().load(0, 1)
     x = data.x[:, 0, ::2, ::2].double()
-    # Standardising is undone: the darkest pixel is 0 and the brightest 1.
-    return ((x - data.x.min()) / (data.x.max() - data.x.min())).numpy(), data.y.numpy()
+    # Standardising is undone: the darkest of all pixels is 0 and the brightest 255.
+    levels = ((x - data.x.min()) / (data.x.max() - data.x.min()) * 255).round()
+    return (levels / 255).numpy(), data.y.numpy()
 
 
 def draw_environment(
@@ -251,7 +252,7 @@ def rotate(x: np.ndarray, degrees: float) -> np.ndarray:
     Examples
     --------
     >>> x = np.arange(9.0).reshape(1, 3, 3)
-    >>> bool(np.allclose(rotate(x, 90), np.rot90(x, -1, axes=(1, 2))))
+    >>> bool(np.allclose(rotate(x, 90), np.rot90(x, axes=(1, 2))))
     True
     """
     side = x.shape[-1]

@@ -4,6 +4,7 @@ from fedsim.probes.base import Clock, Memory, Probe, Snapshot
 from fedsim.probes.bias import Bias
 from fedsim.probes.direction import Direction
 from fedsim.probes.disagreement import Disagreement
+from fedsim.probes.environments import Environments
 from fedsim.probes.leaders import Leaders
 from fedsim.probes.normalised_margin import NormalisedMargin
 from fedsim.probes.sharpness import Sharpness
@@ -15,6 +16,7 @@ __all__ = [
     "Direction",
     "Disagreement",
     "Drift",
+    "Environments",
     "Leaders",
     "Memory",
     "NormalisedMargin",
