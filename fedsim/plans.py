@@ -520,11 +520,14 @@ class Loop:
             work = work._replace(batches=work.batches._replace(valid=work.batches.valid.cpu()))
         threads = min(m, torch.get_num_threads()) if work.x.device.type == "cpu" else 1
         if threads == 1:
-            done = self._some(work, u, range(m))
+            done = self._some(work, u, range(m), _rounded(work))
         else:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 parts = [range(i, m, threads) for i in range(threads)]
-                done = [d for part in pool.map(lambda p: self._some(work, u, p), parts) for d in part]
+                rounded = _rounded(work)  # which threads do not inherit
+                done = [
+                    d for part in pool.map(lambda p: self._some(work, u, p, rounded), parts) for d in part
+                ]
         results = dict(done)
         ordered = [results[i] for i in range(m)]
         return Done(
@@ -536,9 +539,11 @@ class Loop:
             torch.stack([d.idle for d in ordered if d.idle is not None]),
         )
 
-    def _some(self, work: Work, u: Tensor, positions: range) -> list[tuple[int, Done]]:
+    def _some(self, work: Work, u: Tensor, positions: range, rounded: bool) -> list[tuple[int, Done]]:
         module = copy.deepcopy(self.module)  # its parameters are exchanged: one module a thread
-        return [(i, self._one(module, work, u, i)) for i in positions]
+        kind = work.worker.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=rounded, cache_enabled=False):
+            return [(i, self._one(module, work, u, i)) for i in positions]
 
     def _one(self, module: nn.Module, work: Work, u: Tensor, i: int) -> Done:
         batches = work.batches
