@@ -282,11 +282,11 @@ class _Participants(Grid):
         return self._nodes
 
     def set_run(self, run: Run) -> None:
-        raise NotImplementedError("the grid of flwr strategies carries no run")
+        raise RuntimeError("the grid of flwr strategies carries no run")
 
     @property
     def run(self) -> Run:
-        raise NotImplementedError("the grid of flwr strategies carries no run")
+        raise RuntimeError("the grid of flwr strategies carries no run")
 
     def create_message(
         self,
@@ -299,15 +299,15 @@ class _Participants(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError("the grid of flwr strategies carries no messages")
+        raise RuntimeError("the grid of flwr strategies carries no messages")
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError("the grid of flwr strategies carries no messages")
+        raise RuntimeError("the grid of flwr strategies carries no messages")
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        raise NotImplementedError("the grid of flwr strategies carries no messages")
+        raise RuntimeError("the grid of flwr strategies carries no messages")
 
 
 @contextmanager
