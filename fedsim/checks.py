@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 
@@ -28,6 +29,20 @@ def unit(owner: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(owner, name) < 1:
             _fail(owner, name, "in [0, 1)")
+
+
+def share(owner: object, *names: str) -> None:
+    """Demand that attributes of ``owner`` are in [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(owner, name) <= 1:
+            _fail(owner, name, "in [0, 1]")
+
+
+def finite(owner: object, *names: str) -> None:
+    """Demand that attributes of ``owner`` are neither infinite nor NaN."""
+    for name in names:
+        if not math.isfinite(getattr(owner, name)):
+            _fail(owner, name, "finite")
 
 
 def at_least(owner: object, low: float, *names: str) -> None:

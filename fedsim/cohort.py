@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from clients import LocalRule, LossNormalised, Projection, State
-from fedsim import random, tree
+from fedsim import random, threads, tree
+from fedsim.attacks import Attack
 from fedsim.batches import Sampler, Sampling
 from fedsim.captured import Captured
 from fedsim.experiment import BadInput, Experiment
@@ -23,7 +24,7 @@ from fedsim.federation import DTYPES, Federation
 from fedsim.plans import PLANS, Cut, Done, Follow, Plan, Stacked, Work
 from fedsim.precision import products
 from fedsim.scores import Scorer
-from fedsim.stacked import Unsupported
+from fedsim.stacked import Unsupported, is_chain
 from fedsim.step_sizes import settle
 from fedsim.tree import Stack, Tree
 from strategies import Broadcast, Report
@@ -109,8 +110,11 @@ class Cohort:
                 f"partition = {experiment.partition!r}: {len(empty)} workers have no rows, the first is "
                 f"{int(empty[0])}; each needs at least one"
             )
+        self.attack = experiment.parts.attack
+        self.attackers = self.attack.attackers(experiment.num_workers, experiment.seed)
         scored = self.strategy.score is not None
         self.scorer = Scorer(experiment, federation, first, last) if scored else None
+        self.chained = is_chain(federation.module)
         self.plan: Plan | None = None
         self.use_plan(experiment.plan)
         self.remembers = bool(self.rule.init(federation.theta))
@@ -144,7 +148,8 @@ class Cohort:
             return self._rank(workers)
         if self.strategy.keeps_state and self.state is None:
             self.state = torch.vmap(self.rule.init)(self._everywhere())
-        parts = [self._chunk(round, chunk, broadcast, upload) for chunk in self._chunks(workers)]
+        with threads.enough_for(self._flops(len(workers))):
+            parts = [self._chunk(round, chunk, broadcast, upload) for chunk in self._chunks(workers)]
         rows, told = tree.concat([p.rows for p in parts]), _join([p.told for p in parts])
         if upload == "mean" and len(told.worker) > 1:
             rows, told = _group(rows, told)
@@ -198,6 +203,7 @@ class Cohort:
         steps = batches.steps
         if not identity:
             steps = torch.empty_like(steps).index_copy_(0, batches.order, steps)
+        rows = self._attack(round, workers, anchor, restore, rows)
         weight = self.strategy.weight(self.sizes[workers - self.federation.first])
         # A mean is finite only if all rows are, and a sum only if all that is in it is (or nearly overflows).
         averaged = upload == "mean" and not self.strategy.carries
@@ -237,6 +243,19 @@ class Cohort:
         before = tree.tree_map(restore, anchor)
         before = tree.take(before, finite) if excluded else before
         return Trained({} if upload == "reports" else rows, told, report, excluded, before)
+
+    def _attack(
+        self, round: int, workers: Tensor, anchor: Stack, restore: Callable[[Tensor], Tensor], rows: Stack
+    ) -> Stack:
+        """Replace the rows of attackers by what they send."""
+        bad = torch.nonzero(self.attackers[workers]).flatten().to(self.device)
+        if not len(bad) or type(self.attack).corrupt is Attack.corrupt:
+            return rows
+        before = tree.take(tree.tree_map(restore, anchor), bad)
+        sent = self.attack.corrupt(
+            before, tree.take(rows, bad), round, workers.to(self.device)[bad], self.experiment.seed
+        )
+        return tree.tree_map(lambda x, y: x.index_copy(0, bad, y), rows, sent)
 
     def _cut(self, round: int) -> Cut | None:
         """Draw other parts of the pictures in each round, where the data wish for it."""
@@ -362,6 +381,13 @@ class Cohort:
                 f"plan = {name!r}: model = {e.model!r} has a layer without a stacked form ({error}); "
                 "use 'vmap', 'loop' or 'auto'"
             ) from None
+
+    def _flops(self, m: int) -> float:
+        """Floating-point operations of one batched step of m workers, forward and backward; infinite where not known."""
+        if not self.chained:
+            return math.inf
+        batch = self.experiment.batch_size or int(self.sizes.max())
+        return 6.0 * tree.num_parameters(self.federation.theta) * batch * m
 
     def _beside(self, rule: LocalRule) -> Plan:
         """Make a plan for another rule; not the one in use, which a resumed run knows earlier than this one."""

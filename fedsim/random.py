@@ -88,6 +88,11 @@ def uniform(stream: int | Tensor, *coordinates: Tensor) -> Tensor:
     return ((bits(stream, *coordinates) >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64) * 2.0**-53
 
 
+def normal(stream: int | Tensor, *coordinates: Tensor) -> Tensor:
+    """Draw standard normal float64 numbers, one for each combination of coordinates (see `bits`)."""
+    return torch.special.ndtri(uniform(stream, *coordinates) + 2.0**-54)  # never 0
+
+
 def integers(stream: int, high: Tensor, *coordinates: Tensor) -> Tensor:
     """Draw int64 numbers in ``[0, high)``; ``high`` broadcasts against the coordinates, 1 <= high < 2**31."""
     return (((bits(stream, *coordinates) >> 32) & 0xFFFFFFFF) * high) >> 32

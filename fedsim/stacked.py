@@ -219,6 +219,15 @@ _LAYERS: dict[type, Callable[..., Apply]] = {
 }
 
 
+def is_chain(module: nn.Module) -> bool:
+    """Whether a module is a chain of affine maps and activations, see `Chain`."""
+    try:
+        Chain(module)
+    except Unsupported:
+        return False
+    return True
+
+
 class Chain:
     """Affine maps and elementwise activations in a row, with the backward pass written out.
 

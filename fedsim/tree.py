@@ -158,7 +158,7 @@ def unflatten(vector: Tensor, like: Tree) -> Tree:
     out, start = {}, 0
     lead = vector.shape[:-1]
     for k, x in like.items():
-        out[k] = vector[..., start : start + x.numel()].view(*lead, *x.shape)
+        out[k] = vector[..., start : start + x.numel()].view(torch.Size((*lead, *x.shape)))
         start += x.numel()
     return out
 
