@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from fedsim.attacks import Attack
 from fedsim.data import Dataset, Shards, hold_out
 from fedsim.experiment import BadInput, Experiment
 from fedsim.landscapes import StartsApart
@@ -170,4 +172,27 @@ def assemble(experiment: Experiment, dataset: Dataset, shards: Shards, first: in
     except (ValueError, RuntimeError) as error:
         raise BadInput(f"model = {e.model!r} on {dataset.name}: {str(error).splitlines()[0]}") from None
     theta = tree_map(lambda x: x.to(device), theta)
+    try:
+        dataset = _poison(experiment, dataset, train, first)
+    except ValueError as error:
+        raise BadInput(f"attack = {e.attack!r}: {error}") from None
     return Federation(dataset, train, held, module.to(device), theta, objective, first, starts)
+
+
+def _poison(experiment: Experiment, dataset: Dataset, train: Shards, first: int) -> Dataset:
+    """Give attackers the labels on which they train."""
+    attack, e = experiment.parts.attack, experiment
+    if type(attack).poison is Attack.poison:
+        return dataset
+    if dataset.task not in ("classes", "binary"):
+        raise ValueError(f"needs classes, the task of {dataset.name} is {dataset.task!r}")
+    bad = attack.attackers(e.num_workers, e.seed)[first : first + train.num_workers]
+    mine = torch.repeat_interleave(bad, train.sizes)
+    rows, others = train.order[mine], train.order[~mine]
+    if bool(torch.isin(rows, others).any()) or len(rows.unique()) < len(rows):
+        raise ValueError(
+            f"partition = {e.partition!r} gives rows to several workers, whose labels it would flip too"
+        )
+    rows, y = rows.to(dataset.y.device), dataset.y.clone()
+    y[rows] = attack.poison(y[rows], 2 if dataset.task == "binary" else dataset.num_outputs)
+    return replace(dataset, y=y)

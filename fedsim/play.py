@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fedsim import tree
-from fedsim.carriers import Answers, Carrier, LiveCarrier, RunFailed
+from fedsim.carriers import Answers, Carrier, LiveCarrier
+from fedsim.cohort import Trained
 from fedsim.curvature import answer
+from fedsim.errors import RunFailed
 from fedsim.experiment import Experiment
 from fedsim.federation import Federation
 from fedsim.probes import Clock
@@ -124,14 +126,17 @@ def _together(
     device = next(iter(federation.theta.values())).device
     workers = participants(experiment, round)
     choosing = strategy.upload == "chosen"
-    upload = "reports" if choosing else "rows" if whole or strategy.upload == "rows" else "mean"
+    limit = experiment.max_update_norm
+    upload = "reports" if choosing else "rows" if whole or limit or strategy.upload == "rows" else "mean"
     asked: dict[str, str] = {}
     if strategy.asks:
         broadcast, asked = _ask(carrier, strategy, broadcast, workers, device)
     answers = carrier.train(round, workers, broadcast, upload)
+    if limit:
+        answers = answers._replace(trained=[_within(t, broadcast["model"], limit) for t in answers.trained])
     told, report, excluded = _join(answers)
     if not len(told.worker):
-        raise RunFailed(_nobody(round, excluded, answers.failures))
+        raise RunFailed(_nobody(round, excluded, answers.failures, limit))
     sent, failures = broadcast, asked | answers.failures
     if choosing:
         told, rows, merged = _chosen(carrier, experiment, state, told, whole, failures)
@@ -160,6 +165,22 @@ def _together(
         Server(state, broadcast, clock, timetable), sent, rows, after, told, report, before, excluded,
         list(answers.lost), failures, {},
     )  # fmt: skip
+
+
+def _within(trained: Trained, model: Tree, limit: float) -> Trained:
+    """Leave out the workers whose update is longer than allowed, whatever they say of themselves."""
+    rows = trained.rows
+    if not rows:
+        return trained
+    squares = [(rows[k] - x).double().square().flatten(1).sum(1) for k, x in model.items()]
+    good = (torch.stack(squares).sum(0).sqrt() <= limit).cpu()
+    if bool(good.all()):
+        return trained
+    kept = good.to(next(iter(rows.values())).device)
+    told, report = (Report(*(x[good] for x in r)) for r in (trained.told, trained.report))
+    excluded = sorted([*trained.excluded, *trained.report.worker[~good].tolist()])
+    before = None if trained.before is None else tree.take(trained.before, kept)
+    return Trained(tree.take(rows, kept), told, report, excluded, before)
 
 
 def _chosen(
@@ -419,9 +440,14 @@ def _on(report: Report, device: torch.device) -> Report:
     return report if device.type == "cpu" else Report(*(x.to(device) for x in report))
 
 
-def _nobody(number: int, excluded: list[int], failures: dict[str, str]) -> str:
+def _nobody(number: int, excluded: list[int], failures: dict[str, str], limit: float = 0.0) -> str:
     if failures:
         return f"round {number}: no node answered: " + "; ".join(f"{k}: {v}" for k, v in failures.items())
+    if limit:
+        return (
+            f"round {number}: parameters or losses of all {len(excluded)} workers are not finite, or their updates are "
+            f"longer than max-update-norm = {limit:g}; the last good model is that of round {number - 1}"
+        )
     return (
         f"round {number}: parameters or losses of all {len(excluded)} workers are not finite; the last good "
         f"model is that of round {number - 1}; a smaller learning rate may help"
