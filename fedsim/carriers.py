@@ -16,10 +16,6 @@ from fedsim.tree import Stack, Tree
 from strategies import Broadcast
 
 
-class RunFailed(Exception):
-    """The run cannot go on; the message is one line."""
-
-
 class Answers(NamedTuple):
     """What came back from the nodes of a round, in the order of their workers.
 

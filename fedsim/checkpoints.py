@@ -178,6 +178,34 @@ def read_model(path: Path) -> Tree:
         raise BadInput(f"{file}: is damaged ({error})") from None
 
 
+class Made(NamedTuple):
+    """The last round that a node made, and the plan by which it did."""
+
+    round: int
+    plan: str
+
+
+def write_kept(file: Path, made: Made, kept: Tree) -> None:
+    """Replace the file of what a node's workers keep between rounds."""
+    replace_file(file, _pack(kept, {k: json.dumps(v) for k, v in made._asdict().items()}))
+
+
+def read_made(file: Path) -> Made | None:
+    """Read who wrote the file of `write_kept`: None if it is missing or damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = opened.metadata()
+        made = Made(json.loads(about["round"]), json.loads(about["plan"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return made if isinstance(made.round, int) and isinstance(made.plan, str) else None
+
+
+def read_kept(file: Path) -> Tree:
+    """Read what `write_kept` wrote, on the CPU."""
+    return _unpack(file, torch.device("cpu"))[0]
+
+
 def _file(path: Path) -> Path:
     return path / "checkpoint" / "last.safetensors"
 

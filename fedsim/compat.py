@@ -9,6 +9,7 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from flwr.app import Message, RecordDict
 from flwr.app.message import make_message
@@ -26,6 +27,7 @@ __all__ = [
     "current_run_id",
     "ensure_identity",
     "error_name",
+    "is_for_one_message",
     "is_simulation",
     "new_run",
     "set_message_id",
@@ -175,3 +177,15 @@ def is_simulation(grid: Grid) -> bool:
     # Importing this module costs 0.7 s, and where nobody has imported it there is no such grid.
     module = sys.modules.get("flwr.superlink.grid.inmemory_grid")
     return module is not None and isinstance(grid, module.InMemoryGrid)
+
+
+def is_for_one_message() -> bool:
+    """Tell whether this process ends after one message, as those of a SuperNode do.
+
+    Returns
+    -------
+    bool
+        True in a process that runs Flower's command ``flwr-clientapp``; False in its simulation, whose processes
+        stay, and everywhere else.
+    """
+    return Path(sys.argv[0]).stem == "flwr-clientapp"

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fedsim.compat import (
     NUM_PARTITIONS_KEY,
     PARTITION_ID_KEY,
+    SUPERLINK_NODE_ID,
     ErrorCode,
     Run,
     current_run_id,
@@ -210,7 +211,7 @@ class InProcessGrid(Grid):
         list[Message]
             The replies.
         """
-        return list(exchange(self, messages, timeout))
+        return [reply for _, reply in exchange(self, messages, timeout)]
 
     def _answer(self, message: Message) -> Message:
         node = self._nodes[message.metadata.dst_node_id]
@@ -240,7 +241,9 @@ def _copy(content: RecordDict) -> RecordDict:
     return copies
 
 
-def exchange(grid: Grid, messages: Iterable[Message], timeout: float | None = None) -> Iterator[Message]:
+def exchange(
+    grid: Grid, messages: Iterable[Message], timeout: float | None = None
+) -> Iterator[tuple[int, Message]]:
     """Send messages over any grid and give the replies as they arrive.
 
     Flower's own `send_and_receive` looks for replies every 3 s in a deployment and returns them all at
@@ -257,8 +260,8 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float | None = No
 
     Yields
     ------
-    Message
-        A reply or an error reply. After the timeout the missing ones are left out.
+    tuple of int and Message
+        The node that was asked, and its reply, or an error reply in its name from the SuperLink. After the timeout the missing ones are left out.
 
     Raises
     ------
@@ -266,17 +269,21 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float | None = No
         If the grid does not accept every message.
     """
     sent = list(messages)
-    num_sent = len(sent)
+    num_sent, addressed = len(sent), [message.metadata.dst_node_id for message in sent]
     accepted = [message_id for message_id in grid.push_messages(sent) if message_id]
     del sent
     if len(accepted) != num_sent:
         raise RuntimeError(f"exchange: the grid accepted {len(accepted)} of {num_sent} messages")
     deadline = None if timeout is None else time.monotonic() + timeout
-    pending = dict.fromkeys(accepted)
+    pending = dict(zip(accepted, addressed, strict=True))
     while pending:
         for reply in grid.pull_messages(list(pending)):
-            pending.pop(reply.metadata.reply_to_message_id, None)
-            yield reply
+            about = reply.metadata
+            asked = pending.get(about.reply_to_message_id)
+            # Nobody answers twice, or for another node; the SuperLink does for those that are lost.
+            if asked is not None and about.src_node_id in {asked, SUPERLINK_NODE_ID}:
+                del pending[about.reply_to_message_id]
+                yield asked, reply
             if deadline is not None and time.monotonic() >= deadline:
                 return
         if not pending or (deadline is not None and time.monotonic() >= deadline):

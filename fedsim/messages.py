@@ -7,21 +7,16 @@ nothing is unpickled or evaluated.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-import clients
-import fedsim
-import strategies
 from fedsim import tree
 from fedsim.cohort import Evaluated, Trained, Upload
+from fedsim.source import code_hash
 from fedsim.tree import Stack, Tree
 from strategies import Broadcast, Report, from_record, to_record
 
@@ -31,21 +26,12 @@ ROWS = "query.fedsim_rows"
 HELD = "evaluate.fedsim_held"
 
 
+HEADER_BYTES = 4096
+"""What an array's header may take; NumPy writes 128."""
+
+
 class BadReply(Exception):
     """A reply that cannot be used; the message says what is wrong with it."""
-
-
-@cache
-def code_hash() -> str:
-    """Hash the source of fedsim, strategies and clients: node and server must run the same code."""
-    digest = hashlib.sha256()
-    for package in (fedsim, strategies, clients):
-        assert package.__file__ is not None
-        folder = Path(package.__file__).parent
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(file.relative_to(folder).as_posix().encode())
-            digest.update(file.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()[:16]
 
 
 def check_code(content: RecordDict) -> None:
@@ -85,13 +71,13 @@ def decode_broadcast(content: RecordDict, device: torch.device) -> Broadcast:
     }
 
 
-def encode_trained(trained: Trained, lost: bool = False) -> RecordDict:
+def encode_trained(trained: Trained, round: int, lost: bool = False) -> RecordDict:
     """Encode a node's answer to ``round``: every worker's report, and its row, or the mean of all rows, or its score."""
     report = {name: column.tolist() for name, column in trained.report._asdict().items()}
     content = RecordDict({"rows": to_record(trained.rows), "report": MetricRecord(report)})
     if not trained.rows:
         content["score"] = MetricRecord({"score": trained.told.loss.tolist()})
-    about = {"code": code_hash(), "excluded": list(trained.excluded), "lost": int(lost)}
+    about = {"code": code_hash(), "round": round, "excluded": list(trained.excluded), "lost": int(lost)}
     content["about"] = ConfigRecord(about)
     return content
 
@@ -135,7 +121,9 @@ def has_lost(content: RecordDict) -> bool:
     return bool(content.config_records["about"].get("lost", 0))
 
 
-def decode_trained(content: RecordDict, theta: Tree, participants: Tensor, upload: Upload) -> Trained:
+def decode_trained(
+    content: RecordDict, theta: Tree, participants: Tensor, upload: Upload, round: int
+) -> Trained:
     """Decode and check a node's answer to ``round``.
 
     Parameters
@@ -148,6 +136,8 @@ def decode_trained(content: RecordDict, theta: Tree, participants: Tensor, uploa
         Ids of the participants that live at this node, ascending.
     upload : {"rows", "mean", "reports"}
         Whether a row a worker was asked for, or one weighted mean, or scores alone.
+    round : int
+        Round that was asked for.
 
     Returns
     -------
@@ -157,10 +147,13 @@ def decode_trained(content: RecordDict, theta: Tree, participants: Tensor, uploa
     Raises
     ------
     BadReply
-        If records, columns or parameters are missing, of other types, shapes or lengths, if workers are missing,
+        If the answer is that of another round, records, columns or parameters are missing, of other types, shapes or lengths, or longer in bytes than such arrays are, if workers are missing,
         strange or named twice, or if weights, counts or a mean of rows are not sensible numbers.
     """
     check_code(content)
+    theirs = content.config_records["about"].get("round")
+    if theirs != round:
+        raise BadReply(f"answers round {theirs}, asked for round {round}")
     report, excluded = _decode_report(content)
     workers = report.worker.tolist()
     _check_workers([*workers, *excluded], participants.tolist())
@@ -287,6 +280,10 @@ def _decode_rows(content: RecordDict, theta: Tree, count: int) -> Stack:
     wrong = sorted(record.keys() ^ theta.keys())
     if wrong:
         raise BadReply(f"rows: missing or strange parameters: {', '.join(wrong[:4])}")
+    for name, x in theta.items():  # before anything is decoded
+        most = HEADER_BYTES + count * x.numel() * x.element_size()
+        if len(record[name].data) > most:
+            raise BadReply(f"rows: {name} has {len(record[name].data)} bytes, at most {most} are expected")
     try:
         found = from_record(record)
     except Exception as error:  # a foreign array may make the decoder raise anything, MemoryError included

@@ -6,7 +6,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from fedsim import tree
 from fedsim.carriers import Answers, Arrival, Fetched, ranges
 from fedsim.cohort import Evaluated, Trained, Upload
-from fedsim.compat import ErrorCode, error_name
+from fedsim.compat import ErrorCode, error_name, is_simulation
 from fedsim.experiment import Experiment
 from fedsim.federation import Federation
-from fedsim.grid import POLL_SECONDS, exchange
+from fedsim.grid import POLL_SECONDS, InProcessGrid, exchange
 from fedsim.messages import (
     HELD,
     HELLO,
@@ -41,6 +41,15 @@ from strategies import Broadcast
 
 HELLO_SECONDS = 120.0
 """How long to wait for nodes to come online and to answer the first question."""
+
+JOIN_SECONDS = 15.0
+"""How long to wait for the others once as many have answered as the run needs."""
+
+IN_FLIGHT = 2
+"""Messages on the way to a node: a SuperNode that finds none waits 3 s before it asks again."""
+
+ABSENT = 0
+"""Stands for the id of a node that has not come yet."""
 
 
 class Greeting(NamedTuple):
@@ -62,7 +71,7 @@ class Greeting(NamedTuple):
     workers: int
 
 
-def greet(grid: Grid, expected: int, timeout: float = HELLO_SECONDS) -> list[Greeting]:
+def greet(grid: Grid, expected: int, timeout: float = HELLO_SECONDS, enough: int = 0) -> list[Greeting]:
     """Wait for all nodes and learn who they are.
 
     Parameters
@@ -73,11 +82,13 @@ def greet(grid: Grid, expected: int, timeout: float = HELLO_SECONDS) -> list[Gre
         Number of nodes; 0 to believe the ``num-partitions`` that the nodes name.
     timeout : float
         Seconds to wait.
+    enough : int
+        Number of nodes with which the run may begin while others are missing; 0 for all.
 
     Returns
     -------
     list of Greeting
-        In the order of partitions, which is the same in every run.
+        In the order of partitions, which is the same in every run; of a missing node only the partition is known.
 
     Raises
     ------
@@ -87,11 +98,11 @@ def greet(grid: Grid, expected: int, timeout: float = HELLO_SECONDS) -> list[Gre
     deadline = time.monotonic() + timeout
     answers: dict[int, Greeting] = {}
     lost: set[int] = set()  # online for Flower until it misses two heartbeats
+    begin = deadline
     while True:
         fresh = sorted({*grid.get_node_ids()} - answers.keys() - lost)
         messages = [Message(encode_broadcast({}, {}), node, HELLO) for node in fresh]
-        for reply in _exchange(grid, messages, max(POLL_SECONDS, deadline - time.monotonic())):
-            node = reply.metadata.src_node_id
+        for node, reply in _exchange(grid, messages, max(POLL_SECONDS, begin - time.monotonic())):
             if not reply.has_error():
                 answers[node] = _read_greeting(node, reply.content)
             elif reply.error.code == ErrorCode.NODE_UNAVAILABLE:
@@ -101,6 +112,13 @@ def greet(grid: Grid, expected: int, timeout: float = HELLO_SECONDS) -> list[Gre
         wanted = expected or max([1, *(a.num_partitions for a in answers.values())])
         if len(answers) >= wanted:
             return _in_order([*answers.values()], expected)
+        # Nodes with data of their own must all be there: nobody else knows how many workers they have.
+        if 0 < enough <= len(answers) and not any(a.workers for a in answers.values()):
+            begin = min(begin, time.monotonic() + JOIN_SECONDS)
+            if time.monotonic() >= begin:
+                here = {a.partition for a in answers.values()}
+                absent = [Greeting(ABSENT, i, wanted, 0) for i in range(wanted) if i not in here]
+                return _in_order([*answers.values(), *absent], expected)
         if time.monotonic() >= deadline:
             raise RunFailed(f"{len(answers)} of {wanted} nodes answered within {timeout:g} s")
         time.sleep(POLL_SECONDS)
@@ -191,20 +209,29 @@ class OverGrid:
         self.nodes = [_Node(i, node.node_id, *workers) for i, (node, workers) in enumerate(placed)]
         self.num_nodes = len(self.nodes)
         self.knows_data = not any(node.workers for node in nodes)
-        self.live = _Live(grid, experiment.round_timeout)
+        self.sizes = federation.train.sizes
+        self.asked: dict[int, int] = {}  # the period of each worker that was sent off
+        # Simulated nodes do not wait between messages, and take them in an order that is part of the result.
+        here = isinstance(grid, InProcessGrid) or is_simulation(grid)
+        self.live = _Live(grid, experiment.round_timeout, 1 if here else IN_FLIGHT)
+        self.own = [node.workers for node in nodes]
+        self.newcomers: dict[str, int] = {}  # nodes that were asked who they are, by message
+        self.refused: set[int] = set()
 
     def use_plan(self, name: str) -> None:
         """Leave the choice to the nodes."""
 
     def train(self, round: int, workers: Tensor, broadcast: Broadcast, upload: Upload) -> Answers:
         """Send the broadcast to the nodes of the round's participants and collect their rows."""
+        self._welcome()
         asked = [node for node in self.nodes if len(node.mine(workers))]
         replies, failures = self._ask(asked, ROUND, broadcast, {"round": round, "upload": upload})
         trained: list[Trained] = []
         lost: list[int] = []
         for node, content in replies:
             try:
-                found = decode_trained(content, self.sent, node.mine(workers), upload)
+                found = decode_trained(content, self.sent, node.mine(workers), upload, round)
+                self._check_weights(found)
             except BadReply as error:
                 failures[node.name] = str(error)
                 continue
@@ -239,8 +266,9 @@ class OverGrid:
         return self.live.away
 
     def begin(self, worker: int, period: int, broadcast: Broadcast) -> None:
-        """Send one worker off; its node handles one message at a time."""
+        """Send one worker off; its node handles one message at a time, but the next ones are on their way."""
         node = next(n for n in self.nodes if n.first <= worker < n.last)
+        self.asked[worker] = period
         about = {"round": period, "worker": worker, "upload": "rows", "first": node.first, "last": node.last}
         about |= {"num-workers": self.experiment.num_workers, "fresh": int(self.live.is_new(node, period))}
         self.live.send(node, worker, Message(encode_broadcast(broadcast, about), node.node_id, ROUND))
@@ -251,10 +279,22 @@ class OverGrid:
         if reply.has_error():
             return Arrival(worker, None, (node.name, _reason(reply)))
         try:
-            found = decode_trained(reply.content, self.sent, torch.tensor([worker]), "rows")
+            found = decode_trained(
+                reply.content, self.sent, torch.tensor([worker]), "rows", self.asked[worker]
+            )
+            self._check_weights(found)
         except BadReply as error:
             return Arrival(worker, None, (node.name, str(error)))
         return Arrival(worker, found._replace(rows=self._here(found.rows)), lost=has_lost(reply.content))
+
+    def _check_weights(self, found: Trained) -> None:
+        """Demand the weights that follow from the rows of each worker, where the server knows them."""
+        if not self.knows_data:
+            return
+        told = found.report
+        known = self.experiment.parts.strategy.weight(self.sizes[told.worker])
+        if not torch.equal(told.weight, known.to(told.weight)):
+            raise BadReply("report: weights are not those of its workers' rows")
 
     def _here(self, rows: Stack) -> Stack:
         return tree.tree_map(lambda x: x.to(self.device), rows) if rows else {}
@@ -295,10 +335,7 @@ class OverGrid:
                 further = {} if lists is None else lists[node]
                 own = ConfigRecord({**settings, "first": node.first, "last": node.last, **further})
                 messages.append(Message(RecordDict({**content, "about": own}), node.node_id, kind))
-        replies = {
-            reply.metadata.src_node_id: reply
-            for reply in _exchange(self.grid, messages, self.experiment.round_timeout)
-        }
+        replies = dict(_exchange(self.grid, messages, self.experiment.round_timeout))
         contents: list[tuple[_Node, RecordDict]] = []
         failures: dict[str, str] = {}
         for node in nodes:
@@ -314,16 +351,53 @@ class OverGrid:
                 failures[node.name] = "is offline"
         return contents, failures
 
+    def _welcome(self) -> None:
+        """Give the places of missing nodes to those that came since: late, or again under another id.
+
+        A newcomer is asked who it is, and its answer is read before a later round: nobody waits for it.
+        """
+        online = {*self.grid.get_node_ids()}
+        for reply in self.grid.pull_messages(list(self.newcomers)) if self.newcomers else ():
+            node_id = self.newcomers.pop(reply.metadata.reply_to_message_id, ABSENT)
+            if node_id == reply.metadata.src_node_id != ABSENT and not reply.has_error():
+                self._seat(node_id, reply.content, online)
+        known = {*self.newcomers.values(), *self.refused, *(node.node_id for node in self.nodes)}
+        fresh = sorted(online - known)
+        if fresh and any(node.node_id not in online for node in self.nodes):
+            names = self.grid.push_messages([Message(encode_broadcast({}, {}), i, HELLO) for i in fresh])
+            self.newcomers |= {name: i for name, i in zip(names, fresh, strict=True) if name}
+
+    def _seat(self, node_id: int, content: RecordDict, online: set[int]) -> None:
+        try:
+            told = _read_greeting(node_id, content)
+        except RunFailed as error:
+            self.refused.add(node_id)
+            print(f"not taken in: {error}", flush=True)
+            return
+        place = told.partition if told.num_partitions == self.num_nodes else -1
+        if not 0 <= place < self.num_nodes or told.workers != self.own[place]:
+            self.refused.add(node_id)
+            print(
+                f"not taken in: SuperNode {node_id}: its node-config names no place of this run", flush=True
+            )
+        elif self.nodes[place].node_id not in online:
+            self.nodes[place] = replace(self.nodes[place], node_id=node_id)
+            print(f"{self.nodes[place].name} has come: SuperNode {node_id}", flush=True)
+
 
 class _Live:
-    """Messages on the way to single workers: one at a time to each node, and replies as they come."""
+    """Messages on the way to single workers, a few to each node, and replies as they come.
 
-    def __init__(self, grid: Grid, timeout: float) -> None:
-        self.grid, self.timeout = grid, timeout
+    No worker has two of them: it is sent off when it has come. A node's first is alone, as it begins the node's run.
+    """
+
+    def __init__(self, grid: Grid, timeout: float, in_flight: int) -> None:
+        self.grid, self.timeout, self.in_flight = grid, timeout, in_flight
         self.sent: dict[str, tuple[_Node, int]] = {}
         self.queued: dict[_Node, deque[tuple[int, Message]]] = {}
         self.came: deque[tuple[_Node, int, Message]] = deque()
         self.known: set[_Node] = set()
+        self.answered: set[_Node] = set()
 
     @property
     def away(self) -> bool:
@@ -336,14 +410,19 @@ class _Live:
         return new
 
     def send(self, node: _Node, worker: int, message: Message) -> None:
-        """Send a message, or keep it until the node has answered the one before."""
-        if any(busy is node for busy, _ in self.sent.values()):
+        """Send a message, or keep it until the node has answered one of those before."""
+        if not self._free(node):
             self.queued.setdefault(node, deque()).append((worker, message))
             return
         (name,) = self.grid.push_messages([message])
         if not name:
             raise RunFailed("the grid does not accept a message")
         self.sent[name] = node, worker
+
+    def _free(self, node: _Node) -> bool:
+        """Whether a node may get one more message now."""
+        busy = sum(other is node for other, _ in self.sent.values())
+        return busy < (self.in_flight if node in self.answered else 1)
 
     def next(self) -> tuple[_Node, int, Message]:
         """Wait for a reply."""
@@ -352,7 +431,8 @@ class _Live:
             for reply in self.grid.pull_messages(list(self.sent)):
                 node, worker = self.sent.pop(reply.metadata.reply_to_message_id)
                 self.came.append((node, worker, reply))
-                if self.queued.get(node):
+                self.answered.add(node)
+                while self.queued.get(node) and self._free(node):
                     self.send(node, *self.queued[node].popleft())
             if not self.came:
                 if time.monotonic() >= deadline:
@@ -361,7 +441,7 @@ class _Live:
         return self.came.popleft()
 
 
-def _exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
+def _exchange(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
     try:
         yield from exchange(grid, messages, timeout) if messages else ()
     except RuntimeError as error:

@@ -95,7 +95,9 @@ def test_node_configs_are_added() -> None:
         return Message(RecordDict({"config": ConfigRecord({**context.node_config})}), reply_to=message)
 
     grid = InProcessGrid(app, 2, {}, node_configs=[{"data": "a"}, {"data": "b"}])
-    configs = [dict(r.content.config_records["config"]) for r in exchange(grid, make_messages(grid, "query"))]
+    configs = [
+        dict(r.content.config_records["config"]) for _, r in exchange(grid, make_messages(grid, "query"))
+    ]
     assert configs == [
         {"partition-id": 0, "num-partitions": 2, "data": "a"},
         {"partition-id": 1, "num-partitions": 2, "data": "b"},
@@ -182,7 +184,7 @@ def test_stock_fedavg_runs() -> None:
 def test_the_run_id_is_the_one_of_the_flower_runtime() -> None:
     with with_identity(run_id=12):
         grid = InProcessGrid(make_app(), 1, {"seed": 3})
-        (reply,) = exchange(grid, make_messages(grid))
+        ((_, reply),) = exchange(grid, make_messages(grid))
     assert grid.run.run_id == reply.metadata.run_id == 12
     assert grid.run.override_config == {"seed": 3}
 
@@ -233,14 +235,14 @@ class SlowGrid(InProcessGrid):
 def test_exchange_asks_again_until_all_replies_are_there() -> None:
     grid = SlowGrid(3, delay=2)
     grid.looks = 3
-    assert visits(exchange(grid, make_messages(grid))) == [(2, 1), (3, 1), (4, 1)]
+    assert visits(r for _, r in exchange(grid, make_messages(grid))) == [(2, 1), (3, 1), (4, 1)]
     assert grid.pulls == 3
 
 
 def test_exchange_gives_up_at_the_timeout() -> None:
     grid = SlowGrid(3, deaf=(3,))
     grid.looks = 3
-    assert visits(exchange(grid, make_messages(grid), timeout=0.12)) == [(2, 1), (4, 1)]
+    assert visits(r for _, r in exchange(grid, make_messages(grid), timeout=0.12)) == [(2, 1), (4, 1)]
     assert grid.pulls > 1
 
 

@@ -1,5 +1,6 @@
 """What nodes say is checked: bad replies are named and left out, and the run goes on or ends with one line."""
 
+import copy
 import io
 import pickle
 import re
@@ -17,7 +18,7 @@ from flwr.common.config import parse_config_args
 
 from fedsim import Experiment, RunFailed, client_app, server_app, tree
 from fedsim.cohort import Evaluated, Trained
-from fedsim.compat import ErrorCode
+from fedsim.compat import SUPERLINK_NODE_ID, ErrorCode
 from fedsim.federation import load
 from fedsim.grid import InProcessGrid
 from fedsim.messages import (
@@ -102,9 +103,11 @@ class Network(InProcessGrid):
 
     def _answer(self, message: Message) -> Message:
         if message.metadata.dst_node_id in self.dead:
-            return Message(
+            said = Message(
                 Error(code=ErrorCode.NODE_UNAVAILABLE, reason="Node Unavailable"), reply_to=message
             )
+            said.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID  # the SuperLink says so
+            return said
         return super()._answer(message)
 
 
@@ -164,8 +167,8 @@ def test_a_broadcast_arrives_bit_by_bit(theta: tree.Tree) -> None:
 
 def test_rows_and_reports_arrive_bit_by_bit(theta: tree.Tree) -> None:
     rows, told = tree.stack([theta, tree.scale(1 / 3, theta)]), report([4, 7])
-    content = encode_trained(Trained(rows, told, told, [5]))
-    got = decode_trained(content, theta, torch.tensor([4, 5, 7]), "rows")
+    content = encode_trained(Trained(rows, told, told, [5]), 3)
+    got = decode_trained(content, theta, torch.tensor([4, 5, 7]), "rows", 3)
     assert same(got.rows, rows)
     assert same(got.told._asdict(), told._asdict())
     assert same(got.report._asdict(), told._asdict())
@@ -174,7 +177,7 @@ def test_rows_and_reports_arrive_bit_by_bit(theta: tree.Tree) -> None:
 
 def test_a_mean_arrives_with_one_report_for_all(theta: tree.Tree) -> None:
     rows, told = tree.stack([theta]), report([4, 7])
-    got = decode_trained(encode_trained(Trained(rows, told, told, [])), theta, told.worker, "mean")
+    got = decode_trained(encode_trained(Trained(rows, told, told, []), 1), theta, told.worker, "mean", 1)
     assert same(got.rows, rows)
     assert same(got.report._asdict(), told._asdict())
     mean = (4 / 3 * 4.1 + 7 / 3 * 7.1) / 11.2
@@ -185,7 +188,7 @@ def test_a_mean_arrives_with_one_report_for_all(theta: tree.Tree) -> None:
 def test_a_node_may_have_no_finite_worker(theta: tree.Tree, upload: Any) -> None:
     rows, told = tree.take(tree.stack([theta]), slice(0)), report([])
     got = decode_trained(
-        encode_trained(Trained(rows, told, told, [4, 7])), theta, torch.tensor([4, 7]), upload
+        encode_trained(Trained(rows, told, told, [4, 7]), 1), theta, torch.tensor([4, 7]), upload, 1
     )
     assert (len(got.told.worker), tree.num_rows(got.rows), got.excluded) == (0, 0, [4, 7])
 
@@ -194,8 +197,8 @@ def test_workers_that_are_not_finite_are_left_out(theta: tree.Tree) -> None:
     rows, told = tree.stack([theta] * 4), report([1, 3, 5, 6])
     rows["a"][1, 2], rows["scalar"][3] = torch.inf, torch.nan
     told.loss[2] = torch.nan
-    content = encode_trained(Trained(rows, told, told, [4]))
-    got = decode_trained(content, theta, torch.tensor([1, 3, 4, 5, 6]), "rows")
+    content = encode_trained(Trained(rows, told, told, [4]), 1)
+    got = decode_trained(content, theta, torch.tensor([1, 3, 4, 5, 6]), "rows", 1)
     assert (got.report.worker.tolist(), got.excluded) == ([1], [3, 4, 5, 6])
     assert same(got.rows, tree.stack([theta]))
 
@@ -238,6 +241,10 @@ def about(name: str, values: Any) -> Callable[[RecordDict], object]:
 
 def without(name: str) -> Callable[[RecordDict], object]:
     return lambda content: content.pop(name)
+
+
+def without_setting(name: str) -> Callable[[RecordDict], object]:
+    return lambda content: content.config_records["about"].pop(name)
 
 
 def only_first(content: RecordDict) -> None:
@@ -289,6 +296,7 @@ BAD: dict[str, tuple[Callable[[RecordDict], object], str]] = {
         "rows: 1.bias is .* ()",
     ),
     "garbage": (raw(b"garbage"), "rows: unreadable array"),
+    "a message that is too long": (raw(bytes(10**7)), "rows: 1.weight has 10000000 bytes, at most 4"),
     "a header that promises too much": (raw(huge()), "rows: unreadable array"),
     "a pickle": (raw(pickled()), "rows: unreadable array"),
     "a bare pickle": (raw(pickle.dumps(Explosive())), "rows: unreadable array"),
@@ -324,6 +332,9 @@ BAD: dict[str, tuple[Callable[[RecordDict], object], str]] = {
     "no rows record": (without("rows"), "rows: missing or strange parameters"),
     "no report": (without("report"), "record 'report' is missing"),
     "no settings": (without("about"), "runs other code"),
+    "another round": (about("round", 7), "answers round 7, asked for round [12]"),
+    "no round": (without_setting("round"), "answers round None, asked for round"),
+    "other weights": (column("weight", [1e9, 1.0]), "weights are not those of its workers' rows"),
     "other code": (about("code", "0123456789abcdef"), "runs other code .hash 0123456789abcdef, here "),
     "other records": (
         lambda c: c.update({"report": ConfigRecord({"worker": [2]})}),
@@ -351,6 +362,58 @@ def test_a_bad_reply_is_named_and_left_out(name: str, settings: dict[str, Any]) 
         assert [*snapshot.failures] == ["node 1"]
         assert re.search(text, snapshot.failures["node 1"])
         assert "\n" not in snapshot.failures["node 1"]
+
+
+class Replaying(ClientApp):
+    """The ClientApp, but node 1 sends its reply of the first round in all rounds."""
+
+    def __init__(self) -> None:
+        self.kept: RecordDict | None = None
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        if message.metadata.message_type != ROUND or context.node_config["partition-id"] != 1:
+            return reply
+        self.kept = self.kept or reply.content
+        return Message(self.kept, reply_to=message)
+
+
+def test_a_replayed_reply_is_refused() -> None:
+    first, second = run(tiny(), Replaying())
+    assert first.failures == {}
+    assert second.failures == {"node 1": "answers round 1, asked for round 2"}
+
+
+class Impostor(InProcessGrid):
+    """A grid on which every answer of node 0 comes twice, the first time from node 2."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = []
+        for reply in super().pull_messages(message_ids):
+            if reply.metadata.src_node_id == 2:
+                false = copy.deepcopy(reply)
+                false.metadata.__dict__["_src_node_id"] = 4
+                found.append(false)
+            found += [reply, reply] if reply.metadata.src_node_id == 2 else [reply]
+        return found
+
+
+def test_nobody_answers_for_another_node_or_twice() -> None:
+    experiment = tiny()
+    grid = Impostor(client_app.app, 3, experiment.to_mapping())
+    seen = [s for s, _ in rounds(experiment, carrier=carrier(experiment, grid))]
+    assert all(same(a.model, b.model) for a, b in zip(seen, run(experiment, client_app.app), strict=True))
+
+
+def test_long_updates_are_left_out_whatever_they_say() -> None:
+    def stretch(content: RecordDict) -> None:
+        on_rows(lambda rows: tree.scale(1e3, rows))(content)
+
+    for settings in ({}, ROWS):
+        for snapshot in run(tiny(**settings, **{"max-update-norm": 10.0}), Tampered(ROUND, stretch)):
+            assert snapshot.excluded == [2, 3]
+            assert snapshot.report.worker.tolist() == [0, 1, 4, 5]
+            assert snapshot.failures == {}
 
 
 def test_a_bad_reply_counts_as_no_reply() -> None:
