@@ -34,6 +34,9 @@ START_SECONDS = 60.0
 APP_SUFFIXES = {".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl"}
 STATUS_SECONDS = 0.5
 
+# How long a SuperLink may not answer before its run is given up.
+SILENT_SECONDS = 10.0
+
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -74,6 +77,7 @@ def run_flower(
     on_line: Callable[[str], None] = print,
     timeout: float | None = None,
     gpus_per_supernode: float = 0.0,
+    home: Path | None = None,
 ) -> FlowerOutcome:
     """Submit a Flower app, follow its log, and wait until it is finished.
 
@@ -97,6 +101,8 @@ def run_flower(
         Seconds after which the run is stopped; None for no limit.
     gpus_per_supernode
         Share of a GPU for each simulated client process, at least 0.
+    home
+        Folder of the Flower configuration that knows `federation`; None for the user's own.
 
     Returns
     -------
@@ -125,9 +131,8 @@ def run_flower(
         _stage(app_dir.resolve(), here / "app")
         arguments = ["run", str(here / "app"), federation or CONNECTION, "--run-config", str(config)]
         if federation is not None:
-            outcome = _follow(
-                _Cli(flower_environment(), here / "work", federation), arguments, on_line, deadline
-            )
+            env = flower_environment() if home is None else flower_environment() | known_connection(home)
+            outcome = _follow(FlowerCli(env, here / "work", federation), arguments, on_line, deadline)
         else:
             processes = min(num_supernodes, os.cpu_count() or 1)
             simulation = {
@@ -141,7 +146,7 @@ def run_flower(
                 " ".join(f"{key}={value}" for key, value in simulation.items()),
             ]
             with simulation_link(here) as env:
-                outcome = _follow(_Cli(env, here / "work", CONNECTION), arguments, on_line, deadline)
+                outcome = _follow(FlowerCli(env, here / "work", CONNECTION), arguments, on_line, deadline)
     run_id, status, details = outcome
     return FlowerOutcome(run_id, status, details, time.monotonic() - start)
 
@@ -201,27 +206,52 @@ def flower_environment() -> dict[str, str]:
     }
 
 
-def write_connection(home: Path, name: str, address: str) -> dict[str, str]:
-    """Write a Flower configuration that knows one connection, without encryption.
+def write_connection(
+    home: Path, name: str, address: str, root_certificates: Path | None = None
+) -> dict[str, str]:
+    """Write a Flower configuration that knows one connection.
 
     Parameters
     ----------
     home
-        A new folder for Flower's configuration and installed apps.
+        Folder for Flower's configuration and installed apps; made if it is not there.
     name
         Name of the connection, which is also the default.
     address
         The SuperLink, as "host:port".
+    root_certificates
+        Certificate of the authority that signed the SuperLink's; None for no encryption.
 
     Returns
     -------
     dict[str, str]
         What to add to the environment of Flower's commands, so that they use it without a proxy.
     """
-    home.mkdir()
-    config = {"superlink": {"default": name, name: {"address": address, "insecure": True}}}
+    home.mkdir(mode=0o700, exist_ok=True)
+    secured = (
+        {"insecure": True} if root_certificates is None else {"root-certificates": str(root_certificates)}
+    )
+    config = {"superlink": {"default": name, name: {"address": address, **secured}}}
     (home / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
-    direct = ",".join(filter(None, [os.environ.get("NO_PROXY"), address.rsplit(":", 1)[0]]))
+    return known_connection(home)
+
+
+def known_connection(home: Path) -> dict[str, str]:
+    """Return what makes Flower's commands use a configuration of `write_connection`, without a proxy.
+
+    Parameters
+    ----------
+    home
+        The folder.
+
+    Returns
+    -------
+    dict[str, str]
+        What to add to their environment.
+    """
+    links = tomllib.loads((home / "config.toml").read_text(encoding="utf-8"))["superlink"]
+    host = links[links["default"]]["address"].rsplit(":", 1)[0].strip("[]")
+    direct = ",".join(filter(None, [os.environ.get("NO_PROXY"), host]))
     return {"FLWR_HOME": str(home), "NO_PROXY": direct, "no_proxy": direct}
 
 
@@ -297,7 +327,7 @@ def start_link(group: ProcessGroup, address: str, *options: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Cli:
+class FlowerCli:
     """Flower's command line in one environment, folder and connection."""
 
     env: dict[str, str]
@@ -305,6 +335,7 @@ class _Cli:
     connection: str
 
     def start(self, arguments: list[str]) -> subprocess.Popen[str]:
+        """Start ``flwr`` with such arguments; what it prints comes through a pipe."""
         return subprocess.Popen(
             [find_command("flwr"), *arguments],
             env=self.env,
@@ -319,6 +350,7 @@ class _Cli:
         )
 
     def ask(self, arguments: list[str]) -> dict[str, object]:
+        """Return the answer of a command of ``flwr``; a `RuntimeError` says why there is none."""
         process = self.start([*arguments, "--format", "json"])
         try:
             output, _ = process.communicate()
@@ -327,9 +359,10 @@ class _Cli:
             process.wait()
         answer = _json_in(output)
         if not answer.get("success"):
-            lines = str(answer.get("error-message") or output).splitlines()
-            reason = " ".join(line.strip() for line in lines if not line.startswith("Using SuperLink"))
-            raise RuntimeError(f"flwr {arguments[0]}: {_COLOUR.sub('', reason).strip()}")
+            lines = _COLOUR.sub("", str(answer.get("error-message") or output)).split("\n")
+            told = ("Using SuperLink", "Displaying information")
+            reason = " ".join(line.strip() for line in lines if not line.strip().startswith(told))
+            raise RuntimeError(f"flwr {arguments[0]}: {reason.strip()}")
         return answer
 
 
@@ -342,13 +375,21 @@ def _json_in(output: str) -> dict[str, object]:
 
 
 def _follow(
-    cli: _Cli, arguments: list[str], on_line: Callable[[str], None], deadline: float | None
+    cli: FlowerCli, arguments: list[str], on_line: Callable[[str], None], deadline: float | None
 ) -> tuple[str, str, str]:
     run_id = str(cli.ask(arguments)["run-id"])
     try:
         _stream_log(cli, run_id, on_line, deadline)
+        heard = time.monotonic()
         while True:
-            status, details = _status(cli, run_id)
+            try:
+                status, details = _status(cli, run_id)
+            except RuntimeError:  # the SuperLink may be gone for a moment
+                if time.monotonic() - heard >= SILENT_SECONDS:
+                    raise
+                time.sleep(STATUS_SECONDS)
+                continue
+            heard = time.monotonic()
             if status.startswith("finished"):
                 return run_id, status, details
             if deadline is not None and time.monotonic() >= deadline:
@@ -362,7 +403,7 @@ def _follow(
         raise
 
 
-def _stream_log(cli: _Cli, run_id: str, on_line: Callable[[str], None], deadline: float | None) -> None:
+def _stream_log(cli: FlowerCli, run_id: str, on_line: Callable[[str], None], deadline: float | None) -> None:
     process = cli.start(["log", run_id, cli.connection, "--stream"])
     timer = None
     if deadline is not None:
@@ -379,7 +420,7 @@ def _stream_log(cli: _Cli, run_id: str, on_line: Callable[[str], None], deadline
         process.communicate()
 
 
-def _status(cli: _Cli, run_id: str) -> tuple[str, str]:
+def _status(cli: FlowerCli, run_id: str) -> tuple[str, str]:
     runs = cli.ask(["ls", cli.connection, "--run-id", run_id])["runs"]
     assert isinstance(runs, list)
     details = runs[0]["status-details"]

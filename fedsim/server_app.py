@@ -12,8 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedsim import federation, runs
 from fedsim.compat import is_simulation
 from fedsim.experiment import BadInput, Experiment
-from fedsim.over_grid import HELLO_SECONDS, Greeting, OverGrid, greet
+from fedsim.over_grid import ABSENT, HELLO_SECONDS, Greeting, OverGrid, greet
 from fedsim.probes import Snapshot
+from fedsim.schedule import FreeRunning
 from fedsim.simulate import RunFailed
 
 app = ServerApp()
@@ -71,11 +72,16 @@ def start(experiment: Experiment, grid: Grid | None) -> runs.Run:
     """
     make: Callable[[Experiment, federation.Federation], OverGrid] | None = None
     if grid is not None:
-        nodes = greet(grid, experiment.nodes if experiment.nodes > 1 else 0, HELLO_SECONDS)
+        # Who comes alone, without rounds, must be there from the start.
+        alone = isinstance(experiment.parts.schedule, FreeRunning)
+        enough = 0 if alone else experiment.min_nodes
+        nodes = greet(grid, experiment.nodes if experiment.nodes > 1 else 0, HELLO_SECONDS, enough)
         own = sum(node.workers for node in nodes)
         if own:
             experiment = experiment.replace({"num-workers": own, "nodes": 1})
-        print(f"{len(nodes)} nodes with {experiment.num_workers} workers", flush=True)
+        absent = [f"node {node.partition}" for node in nodes if node.node_id == ABSENT]
+        missing = f", without {', '.join(absent)} for now" if absent else ""
+        print(f"{len(nodes)} nodes with {experiment.num_workers} workers{missing}", flush=True)
         make = partial(_carrier, grid, nodes)
 
     if experiment.out and (Path(experiment.out) / "history.jsonl").exists():

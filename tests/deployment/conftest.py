@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from loopback import Federation
+from loopback import Federation, remaining
+from secured import Secured
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +20,16 @@ def federation(
     finally:
         federation.end()
     assert federation.remaining() == []
+
+
+@pytest.fixture(scope="session")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """A federation of three SuperNodes with TLS and registered keys, as ``fedsim federation up`` starts it."""
+    found = Secured(tmp_path_factory.mktemp("secured") / "federation")
+    try:
+        found.begin_up()
+        yield found
+    finally:
+        done = found.command("down")
+    assert done.returncode == 0, done.stderr
+    assert remaining(found.folder) == []

@@ -108,11 +108,16 @@ class Federation:
 
     def remaining(self) -> list[str]:
         """Names of the processes with a FLWR_HOME in this federation's folder, whoever started them."""
-        names = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("FLWR_HOME", "").startswith(str(self.folder)):
-                    names.append(process.name())
-            except psutil.Error:
-                continue
-        return names
+        return remaining(self.folder)
+
+
+def remaining(folder: Path) -> list[str]:
+    """Names of the processes with a FLWR_HOME in a folder."""
+    names = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLWR_HOME", "").startswith(str(folder)):
+                names.append(process.name())
+        except psutil.Error:
+            continue
+    return names

@@ -15,7 +15,7 @@ from fedsim.flower import FlowerOutcome, run_flower
 
 PROJECT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.deployment
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 
 def experiment(out: Path) -> Experiment:

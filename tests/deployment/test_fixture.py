@@ -9,7 +9,7 @@ from fedsim.flower import run_flower
 
 TINY_APP = Path(__file__).parents[1] / "tiny_app"
 
-pytestmark = pytest.mark.deployment
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 
 def test_smallest_app_runs_over_two_supernodes(
