@@ -1,6 +1,9 @@
 """Accuracy within the training domains against accuracy in a held-out one, over many runs.
 
 ID stands for in distribution and OOD for out of distribution. A run is chosen by ID; whatever is chosen by OOD is an oracle.
+
+Tables of runs are frames with a row a run, in the order of the trials: ``held_out``, the name of the held-out domain; ``label``, for instance
+the optimiser; ``id`` and ``ood``, accuracies after the last step; and for `boxes` ``train``.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "sgd": {"lr": (-2.5, 0.3)},
@@ -164,6 +168,76 @@ def budget(inside: np.ndarray, outside: np.ndarray, step: int = 10, top: int = 1
     return {"trials": trials} | {k: np.array(v) for k, v in out.items()}
 
 
+def boxes(runs: pd.DataFrame, threshold: float = 0.0, top: int = 10) -> pd.DataFrame:
+    """Summarise training, ID and OOD accuracy and the gap ID - OOD by five numbers and their mean, for each label.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        Columns ``held_out``, ``label``, ``train``, ``id`` and ``ood``.
+    threshold : float
+        Least ID accuracy of the runs that are kept.
+    top : int
+        How many of the best by ID are summarised on their own.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each held-out domain, subset ("all", "kept", "top"), label and figure ("train", "id", "ood", "gap"): ``runs``, ``mean``, ``low``,
+        ``q1``, ``median``, ``q3`` and ``high``; NaN where no run is left.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"held_out": "far", "label": "sgd", "train": 1.0, "id": [0.5, 0.9], "ood": [0.4, 0.6]})
+    >>> boxes(table, threshold=0.8).query("figure == 'ood'")[["subset", "runs", "median"]].values.tolist()
+    [['all', 2, 0.5], ['kept', 1, 0.6], ['top', 2, 0.5]]
+    """
+    runs = runs.assign(gap=runs["id"] - runs["ood"])
+    subsets = {
+        "all": runs,
+        "kept": runs[runs["id"] >= threshold],
+        "top": runs
+        .sort_values("id", ascending=False, kind="stable")
+        .groupby(["held_out", "label"])
+        .head(top),
+    }
+    labels, rows = dict.fromkeys(runs["label"]), []
+    for held_out in dict.fromkeys(runs["held_out"]):
+        for subset, some in subsets.items():
+            for label in labels:
+                own = some[(some["held_out"] == held_out) & (some["label"] == label)]
+                for figure in ("train", "id", "ood", "gap"):
+                    x = own[figure].to_numpy(dtype=float)
+                    five = np.quantile(x, [0, 0.25, 0.5, 0.75, 1]) if len(x) else np.full(5, np.nan)
+                    row = {"held_out": held_out, "subset": subset, "label": label, "figure": figure}
+                    row |= {"runs": len(x), "mean": x.mean() if len(x) else np.nan}
+                    rows.append(row | dict(zip(("low", "q1", "median", "q3", "high"), five, strict=True)))
+    return pd.DataFrame(rows)
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Spearman's rank correlation, the correlation of ranks; equal values share their mean rank.
+
+    Parameters
+    ----------
+    x, y : ndarray
+        ``[n]``.
+
+    Returns
+    -------
+    float
+        In [-1, 1]; NaN where one of them is constant.
+
+    Examples
+    --------
+    >>> round(rank_correlation(np.array([1.0, 2.0, 10.0]), np.array([0.0, 5.0, 6.0])), 12)
+    1.0
+    """
+    if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
+        return float("nan")
+    return float(np.corrcoef(pd.Series(x).rank(), pd.Series(y).rank())[0, 1])
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Slopes of OOD on ID below and above the median ID, and the bootstrap interval of their difference.
@@ -224,3 +298,41 @@ def pattern(inside: np.ndarray, outside: np.ndarray, draws: int = 1000, seed: in
 def _slope(x: np.ndarray, y: np.ndarray) -> float:
     spread = ((x - x.mean()) ** 2).sum() if len(x) else 0.0
     return float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread > 0 else float("nan")
+
+
+def compare(runs: pd.DataFrame, threshold: float = 0.0) -> dict[str, float | str]:
+    """Compare optimisers in one held-out domain, over all runs and over those that are kept.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        Columns ``label``, one of `RANGES`, ``id`` and ``ood``; of a single held-out domain.
+    threshold : float
+        Least ID accuracy of the runs that are kept.
+
+    Returns
+    -------
+    dict of str to float or str
+        How many runs there are and are kept; mean OOD, and mean ID, of the optimisers that are not adaptive, less that of those that are, over
+        the runs that are kept; rank correlations of ID and OOD, and from 8 runs on what `pattern` reports of all of them.
+    """
+    kept = runs[runs["id"] >= threshold]
+    adaptive = np.isin(np.asarray(kept["label"], dtype=str), ADAPTIVE)
+    inside, outside = (runs[k].to_numpy(dtype=float) for k in ("id", "ood"))
+    well = inside >= threshold
+    found: dict[str, float | str] = {"runs": float(len(runs)), "kept": float(len(kept))}
+    for name in ("ood", "id"):
+        some, others = kept.loc[~adaptive, name], kept.loc[adaptive, name]
+        known = len(some) and len(others)
+        found[f"{name.upper()}, non-adaptive less adaptive, kept"] = (
+            float(some.mean() - others.mean()) if known else float("nan")
+        )
+    found["rank correlation of ID and OOD, all"] = rank_correlation(inside, outside)
+    found["rank correlation of ID and OOD, kept"] = rank_correlation(inside[well], outside[well])
+    if len(runs) >= 8:
+        seen = pattern(inside, outside)
+        found["slope of OOD on ID below the median ID, all"] = seen.low
+        found["slope above it"] = seen.high
+        found["95 % interval of their difference"] = "{:.2f} to {:.2f}".format(*seen.interval)
+        found["pattern"] = seen.name
+    return found
