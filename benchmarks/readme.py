@@ -1,7 +1,7 @@
 """Write the tables of the README: ``python -m benchmarks.readme``.
 
-``components`` is made from the registry. A measured section lies between ``<!-- speed:begin -->`` and ``<!-- speed:end -->`` (or ``growth``) and is made from
-``benchmarks/results/speed.json`` (``growth.json``).
+``components`` is made from the registry. A measured section lies between ``<!-- speed:begin -->`` and ``<!-- speed:end -->`` (or ``growth``, ``attacks``, ``faults``, ``nodes``, ``load``) and is made from
+``benchmarks/results/speed.json`` (``growth.json``, ``attacks.json`` and so on).
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import attacks, faults, load, nodes, tables
 from fedsim.registry import REGISTRY, describe
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = {"speed": tables.speed_markdown, "growth": tables.growth_markdown}
+SECTIONS = {
+    "speed": tables.speed_markdown,
+    "growth": tables.growth_markdown,
+    "attacks": attacks.markdown,
+    "faults": faults.markdown,
+    "nodes": nodes.markdown,
+    "load": load.markdown,
+}
 
 
 def components() -> str:

@@ -7,6 +7,7 @@ from clients.clipped import Clipped
 from clients.controlled import Controlled
 from clients.filtered import Filtered
 from clients.fresh import Fresh
+from clients.gaussian import Gaussian
 from clients.guided import Guided
 from clients.irm import IRM
 from clients.loss_normalised import LossNormalised
@@ -33,6 +34,7 @@ __all__ = [
     "Controlled",
     "Filtered",
     "Fresh",
+    "Gaussian",
     "Guided",
     "LocalRule",
     "LossNormalised",

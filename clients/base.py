@@ -22,6 +22,9 @@ def _no_slope(theta: Tree, part: Part) -> tuple[Tree, Tensor]:
     raise ValueError("this oracle gives gradients of the loss alone, no slopes")
 
 
+_NOBODY = torch.tensor(-1)
+
+
 class Oracle(NamedTuple):
     """All that a worker may ask during one step.
 
@@ -43,6 +46,8 @@ class Oracle(NamedTuple):
     slope : callable
         ``(theta, part) -> (gradient of D, D)`` with ``D = d/ds R(s z)`` at ``s = 1``, R the mean loss over all rows of this
         step's batch or every second one, z their outputs (see `fedsim.invariance`).
+    worker : Tensor
+        Id of this worker, a scalar, by which it finds what a broadcast holds for it.
     """
 
     grad: Callable[[Tree], tuple[Tree, Tensor]]
@@ -52,6 +57,7 @@ class Oracle(NamedTuple):
     u: Tensor
     batch: tuple[Tensor, ...] = ()
     slope: Callable[[Tree, Part], tuple[Tree, Tensor]] = _no_slope
+    worker: Tensor = _NOBODY
 
 
 class Told(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from clients.base import LocalRule, Oracle, State, Told
+from clients.base import LocalRule, Oracle, State, Told, told
 from clients.sgd import SGD
 from fedsim import checks, tree
 from fedsim.tree import Tree
@@ -25,7 +25,8 @@ class IRM:
     training by the server's optimiser. With more local steps it is not: at a worker's own calibrated optimum its penalty
     vanishes, and what is left is risk minimisation.
     With several workers in an environment, the mean of their squares exceeds ``D^2`` by the variance of their D; the split
-    form does not, on average.
+    form does not, on average. With ``strategy = "PooledIRM(...)"`` workers first tell their D, and D is then that of the
+    whole environment.
 
     Parameters
     ----------
@@ -72,7 +73,7 @@ class IRM:
         Returns
         -------
         tuple of Tree, dict and Told
-            As the inner rule.
+            As the inner rule; the row as it is and D as loss, where the server asks for that first.
 
         Raises
         ------
@@ -82,6 +83,9 @@ class IRM:
         if "irm" not in oracle.broadcast:
             raise ValueError("IRM: the strategy sends no channel 'irm'; use FedIRM()")
         weight, divisor = oracle.broadcast["irm"]["weight"], oracle.broadcast["irm"]["divisor"]
+        pools = "pools" in oracle.broadcast["irm"]
+        if pools and "slopes" not in oracle.broadcast:
+            return theta, state, told(oracle.slope(theta, "all")[1], 0)
 
         def grad(x: Tree) -> tuple[Tree, Tensor]:
             gradient, loss = oracle.grad(x)
@@ -90,6 +94,9 @@ class IRM:
                 change = tree.tree_map(lambda e, o: d_odd * e + d_even * o, even, odd)
             else:
                 change, d = oracle.slope(x, "all")
+                if pools:
+                    of_all = oracle.broadcast["slopes"]["pooled"].to(d)
+                    d = of_all.index_select(0, oracle.worker.reshape(1)).squeeze(0)
                 change = tree.scale(2 * d, change)
 
             def total(g: Tensor, p: Tensor, w: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: ``fedsim run | resume | flower | report | compare | sweep | list``."""
+"""The command line: ``fedsim run | resume | flower | report | compare | federation | geometry | sweep | list``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fedsim import deploy_cli
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -26,6 +28,7 @@ app = typer.Typer(
     help="Federated-learning simulator on Flower and PyTorch: many workers in one batched call.",
     epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.",
 )
+app.add_typer(deploy_cli.app, name="federation")
 console = Console()
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -122,7 +125,10 @@ def flower(
     out: Out = None,
     federation: Annotated[
         str | None,
-        typer.Option(help="Connection of your Flower configuration, to run on that deployment."),
+        typer.Option(
+            metavar="DIR|NAME",
+            help="Run on a deployment: folder of `fedsim federation up`, or connection of your Flower configuration.",
+        ),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Continue the run of this directory.")
@@ -131,12 +137,23 @@ def flower(
     """Run an experiment with `flwr run`: simulated here, or on a deployment.
 
     EXPERIMENT.toml and the run directory are those of `fedsim run`. By default a simulation trains in one
-    process; `-o engine=flower -o nodes=2` spreads the workers over Flower's simulated nodes.
+    process; `-o engine=flower -o nodes=2` spreads the workers over Flower's simulated nodes. On a deployment the
+    nodes train, and the run directory is on the link's host. If a run ends early, --resume begins a new one that
+    goes on behind the last round in its history.
+
+    `fedsim federation up`, then `fedsim flower EXPERIMENT.toml --federation federation`
     """
+    deploy_cli.check_platform("fedsim flower")
     from fedsim import runs
     from fedsim.experiment import BadInput, parse_override
-    from fedsim.flower import run_flower
+    from fedsim.flower import CONNECTION, run_flower
     from fedsim.simulate import RunFailed
+
+    home: Path | None = None
+    if federation is not None and (_is_path(federation) or (Path(federation) / "federation.json").exists()):
+        from fedsim.deployment import connection_home
+
+        home, federation = connection_home(Path(federation)), CONNECTION
 
     if resume is not None:
         if experiment is not None or out is not None:
@@ -159,16 +176,24 @@ def flower(
 
     with _resumable(path, "fedsim flower --resume"), tempfile.TemporaryDirectory("fedsim-app") as folder:
         write_app(Path(folder), chosen)
-        outcome = run_flower(
-            Path(folder),
-            chosen.to_mapping(),
-            num_supernodes=chosen.nodes,
-            federation=federation,
-            on_line=show,
-        )
+        try:
+            outcome = run_flower(
+                Path(folder),
+                chosen.to_mapping(),
+                num_supernodes=chosen.nodes,
+                federation=federation,
+                on_line=show,
+                home=home,
+            )
+        except RuntimeError as error:  # the SuperLink does not answer, or refuses
+            raise RunFailed(f"{' '.join(str(error).split())}{_on_resume(path)}") from error
     if not outcome.completed:
         reason = reasons[-1] if reasons else outcome.details or "see the log above"
-        raise RunFailed(f"Flower's run {outcome.run_id} is {outcome.status}: {reason}")
+        raise RunFailed(f"Flower's run {outcome.run_id} is {outcome.status}: {reason}{_on_resume(path)}")
+    far = federation is not None and home is None  # on this host or on another
+    if far and not (path / "experiment.toml").exists():
+        print(f"run directory: {chosen.out} on the host of the SuperLink")
+        return
     done = runs.load(path)
     if not done.summary:
         raise RunFailed(f"{path}: Flower's run ended without a summary; see the log above")
@@ -206,6 +231,48 @@ def compare(
 
 
 @app.command()
+def geometry(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Directories of finished runs.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Figure of all runs beside each other.")
+    ] = None,
+) -> None:
+    """Repeat runs with their end points known: how each local step and each round moves towards the end.
+
+    For every step and round: restricted secant inequality, error bound, their cosine gamma and the locally optimal learning
+    rate, with the controls without which they prove nothing: a random walk, the same rounds in random order, and the ends of three other
+    runs. Takes some six times as long as the run. DIR/geometry/ gets steps.csv, rounds.csv, clients.csv, summary.json; DIR/figures/ gets
+    the figures, which `fedsim report` shows too.
+    """
+    from fedsim import geometry_plots
+    from fedsim.experiment import BadInput
+    from fedsim.geometry import finished, write
+    from fedsim.groups import group
+
+    known = [finished(directory) for directory in directories]
+    if out is not None and not out.parent.is_dir():
+        raise BadInput(f"--out {out}: there is no folder {out.parent}")
+    for directory in directories:
+        found = write(directory).summary
+        table = Table("", "steps", "rounds", box=None, padding=(0, 2, 0, 0))
+        for name in dict.fromkeys([*found["rounds"], *found["steps"]]):
+            values = [f"{found[k][name]:.4g}" if name in found[k] else "" for k in ("steps", "rounds")]
+            table.add_row(name, *values)
+        console.print(table)
+        console.print(f"the repeated run ends {found['difference']:.2g} of its way from the model")
+        console.print(f"run directory: {directory}", soft_wrap=True, highlight=False)
+        for figure in geometry_plots.save(directory):
+            console.print(f"figure: {figure}", soft_wrap=True, highlight=False)
+    if out is not None:
+        groups = group(known)
+        summaries = {g.label: [geometry_plots.read(run.path) for run in g.runs] for g in groups}
+        geometry_plots.save_as(geometry_plots.overview(summaries), out)
+        console.print(f"figure: {out}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def sweep(
     experiment: File = None,
     grid: Annotated[
@@ -217,6 +284,20 @@ def sweep(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(metavar="N", help="Seeds of each combination.")] = 1,
+    optimisers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Server optimisers whose settings are drawn at random: sgd, momentum, nesterov, rmsprop, adam, or all.",
+        ),
+    ] = "",
+    draws: Annotated[int, typer.Option(metavar="N", help="Settings of each of --optimisers.")] = 30,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            metavar="A", help="Least accuracy in the training domains of runs that --optimisers compares."
+        ),
+    ] = None,
     override: Settings = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Directory; sweeps/DATE-TIME by default.")
@@ -230,14 +311,21 @@ def sweep(
 
     Everything is checked before anything runs. A run that fails does not stop the others. The same command
     with the same --out goes on where it was interrupted; more values or seeds add to what is there.
+    With --optimisers, accuracy in the training domains is drawn against that in the held-out one.
     """
-    from fedsim import runs, sweep
+    from fedsim import domain_sweep, runs, sweep
     from fedsim.simulate import RunFailed
 
     chosen = _experiment(experiment, override, None)
     values = sweep.read_grid(grid or [])
     folder = out or runs.new_directory("sweeps")
-    planned = sweep.plan(chosen, values, seeds, folder)
+    search = domain_sweep.read_search(optimisers, draws, keep)
+    if search is not None:
+        chosen = domain_sweep.prepare(chosen, values, search)
+    planned = sweep.plan(chosen, values, seeds, folder, search)
+    if search is not None:
+        for e in {cell.experiment.data: cell.experiment for cell in planned}.values():
+            domain_sweep.place(e)
     counter = iter(range(1, len(planned) + 1))
 
     def say(cell: Any, outcome: Any) -> None:
@@ -250,10 +338,10 @@ def sweep(
         outcomes = sweep.run(planned, jobs or sweep.num_jobs(chosen), say)
     except KeyboardInterrupt:
         _fail(f"interrupted; the same command with '--out {folder}' continues", 130)
-    _print_rows(sweep.write(chosen, values, seeds, folder, outcomes))
+    _print_rows(sweep.write(chosen, values, seeds, folder, outcomes, search))
     print(f"table: {folder / 'sweep.csv'}")
     _present(folder / "sweep.html", show)
-    failed = sum(bool(outcome.error) for outcome in outcomes.values())
+    failed = sweep.failures(outcomes, search)
     if failed:
         raise RunFailed(
             f"{failed} of {len(planned)} runs failed; see the column 'error' of {folder / 'sweep.csv'}"
@@ -268,7 +356,7 @@ def list_components(
 ) -> None:
     """List everything that experiments can name, with arguments and a one-line summary.
 
-    KIND is data, partition, model, objective, client, strategy, probe or network; without it all are listed.
+    KIND is data, partition, model, objective, client, strategy, probe, network, schedule or attack; without it all are listed.
     """
     from fedsim.registry import KINDS, REGISTRY, BadInput, describe, nearest
 
@@ -283,6 +371,18 @@ def list_components(
             table.add_row(f"{component}{arguments}", summary.replace("`", ""))
         wide.print(f"[bold cyan]{name}[/]: {KINDS[name]}", highlight=False)
         wide.print(Padding(table, (0, 0, 1, 2)))
+
+
+def _is_path(text: str) -> bool:
+    """Say whether a text cannot be the name of a connection."""
+    return text.startswith(".") or "/" in text
+
+
+def _on_resume(path: Path) -> str:
+    """Say how a run goes on, if it has begun."""
+    history = path / "history.jsonl"
+    begun = history.exists() and history.stat().st_size > 0
+    return f"; 'fedsim flower --resume {path}' goes on" if begun else ""
 
 
 def write_app(folder: Path, experiment: Any) -> None:
@@ -308,6 +408,7 @@ def write_app(folder: Path, experiment: Any) -> None:
     apps = {f"{side}app": f"fedsim_flower_app.{side}_app:app" for side in ("server", "client")}
     flwr = {"publisher": "fedsim", "components": apps, "config": experiment.to_mapping()}
     project = {"name": "fedsim-flower-app", "version": "1.0.0", "license": "Apache-2.0", "dependencies": []}
+    project |= {"description": "The apps of fedsim"}
     (folder / "pyproject.toml").write_text(
         tomli_w.dumps({"project": project, "tool": {"flwr": {"app": flwr}}}), encoding="utf-8"
     )
@@ -327,7 +428,8 @@ def _experiment(file: Path | None, override: list[str] | None, out: Path | None)
 def _conclude(done: Any) -> None:
     """Print the final figures and where everything is."""
     summary = done.summary
-    shown = ["test_accuracy", "test_loss", "train_loss", "test_perplexity", "sim_time", "seconds_per_round"]
+    shown = ["id_accuracy", "ood_accuracy", "test_accuracy", "test_loss", "train_loss", "test_perplexity"]
+    shown += ["sim_time", "seconds_per_round"]
     shown += [
         name for name, value in summary.items() if "." in name and isinstance(value, float)
     ]  # of probes
@@ -456,8 +558,7 @@ def _explain(error: Exception) -> NoReturn:
     if isinstance(error, click.UsageError):
         said, *hints = " ".join(error.format_message().split()).split(" Did you mean ")
         _fail(" Did you mean ".join([said, *hints[:1]]), 2)  # Typer and Click may both have one
-    from fedsim.experiment import BadInput
-    from fedsim.simulate import RunFailed
+    from fedsim.errors import BadInput, RunFailed
 
     if isinstance(error, BadInput):
         _fail(str(error), 2)

@@ -12,9 +12,9 @@ import pandas as pd
 import tomli_w
 
 from fedsim import pages, runs
-from fedsim.groups import Group, group, leading, load, meaning, present, summarise
+from fedsim.groups import Group, group, held_out, leading, load, meaning, present, summarise
 from fedsim.overlays import overlays
-from fedsim.results import BETTER, NAMES, PROBED, final, plus_minus
+from fedsim.results import BETTER, DOMAINS, NAMES, PROBED, final, heading, plus_minus
 
 
 def cells(table: pd.DataFrame, brief: bool = False) -> pages.Rows:
@@ -35,13 +35,15 @@ def cells(table: pd.DataFrame, brief: bool = False) -> pages.Rows:
     columns = present(table)
     if brief:
         probed = [c for c in columns if c in PROBED]
-        columns = [c for c in columns if c not in PROBED][: 1 if probed else 2] + probed
+        columns = [c for c in columns if c not in PROBED][
+            : 1 if probed and columns[0] not in DOMAINS else 2
+        ] + probed
     header = ["", "runs", "rounds"]
     winners: dict[str, int] = {}
     for c in columns:
         for kind in ("final", "best"):
             values = table[f"{c}.{kind}"].to_numpy(dtype=float)
-            header.append(f"{NAMES[c]}, {kind}")
+            header.append(heading(c, kind))
             if len(values) > 1:
                 winners[f"{c}.{kind}"] = int(
                     np.nanargmax(values) if BETTER[c] is max else np.nanargmin(values)
@@ -85,7 +87,7 @@ def write(directories: Sequence[Path], path: Path) -> pages.Rows:
     content = {
         "title": f"{len(found)} runs compared" if len(found) > 1 else "1 run",
         "lead": f"{len(groups)} groups of runs that are equal but for their seeds.",
-        "note": NOTE,
+        "note": note(groups),
         "values": cells(table),
         "said": unfinished(found),
         "pictures": [pages.picture(d) for d in overlays(groups)],
@@ -99,6 +101,15 @@ def write(directories: Sequence[Path], path: Path) -> pages.Rows:
 
 
 NOTE = "Mean ± standard deviation over seeds where there are several; the best of a column is bold."
+
+
+def note(groups: Sequence[Group]) -> str:
+    """Say how to read the table of groups of runs, and which domains they hold out."""
+    names = held_out(groups)
+    if not names:
+        return NOTE
+    return f"{NOTE} Held out: {names}. Who chooses by the held-out domain is an oracle: nobody who trains knows it."
+
 
 SECTIONS = [
     ("table", "Table"),

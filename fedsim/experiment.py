@@ -25,6 +25,7 @@ from clients import (
     StepDecay,
     WarmupCosine,
 )
+from fedsim.attacks import Attack
 from fedsim.data import Partition, Source
 from fedsim.models import Linear, ModelSpec
 from fedsim.network import Network
@@ -41,12 +42,23 @@ from strategies import (
     LeaderGD,
     LeaderSGD,
     LocalGD,
+    PooledIRM,
     Rule,
     Scaffold,
     StreamingDiLoCo,
 )
 
-COMPONENTS = ("data", "partition", "model", "objective", "client", "strategy", "network", "schedule")
+COMPONENTS = (
+    "data",
+    "partition",
+    "model",
+    "objective",
+    "client",
+    "strategy",
+    "network",
+    "schedule",
+    "attack",
+)
 
 
 class Parts(NamedTuple):
@@ -60,6 +72,7 @@ class Parts(NamedTuple):
     strategy: Rule
     network: Network
     schedule: Schedule
+    attack: Attack
     probes: tuple[Probe, ...]
 
 
@@ -82,6 +95,8 @@ class Experiment(BaseModel):
         Expression for the costs of the simulated clock.
     schedule : str
         Expression for the speeds of workers and when they meet.
+    attack : str
+        Expression for the workers that attack, and how.
     probes : str
         Expressions joined by ``;``, or empty.
     num_workers : int
@@ -116,6 +131,9 @@ class Experiment(BaseModel):
         Nodes over which workers are spread when no Flower deployment says otherwise, >= 1.
     min_nodes : int
         Nodes that must answer in a round for the run to go on, 0 for all.
+    max_update_norm : float
+        Euclidean norm of an update, the sent row less the model sent before it, above which a worker is left out of
+        the round, >= 0; 0 for no limit.
     round_timeout : float
         Seconds after which missing nodes are left out of a round, > 0.
     engine : {"in-process", "flower"}
@@ -134,7 +152,7 @@ class Experiment(BaseModel):
     10
     >>> Experiment.from_mapping({"num-wrkers": 10})
     Traceback (most recent call last):
-    fedsim.registry.BadInput: unknown key 'num-wrkers'; did you mean 'num-workers'? allowed: data, ...
+    fedsim.errors.BadInput: unknown key 'num-wrkers'; did you mean 'num-workers'? allowed: data, ...
     """
 
     model_config = ConfigDict(
@@ -154,6 +172,7 @@ class Experiment(BaseModel):
     strategy: str = "FedAvg()"
     network: str = "Network()"
     schedule: str = "Synchronous()"
+    attack: str = "NoAttack()"
     probes: str = ""
     num_workers: int = Field(default=100, ge=1)
     participation: float = Field(default=1.0, gt=0, le=1)
@@ -171,6 +190,7 @@ class Experiment(BaseModel):
     plan: Literal["auto", "stacked", "graph", "vmap", "compiled", "loop"] = "auto"
     nodes: int = Field(default=1, ge=1)
     min_nodes: int = Field(default=0, ge=0)
+    max_update_norm: float = Field(default=0.0, ge=0)
     round_timeout: float = Field(default=3600.0, gt=0)
     engine: Literal["in-process", "flower"] = "in-process"
     out: str = ""
@@ -224,9 +244,12 @@ class Experiment(BaseModel):
             )
         self._check_schedule()
         self._check_pairs()
+        self._check_hostile()
         if isinstance(parts.client, Projection):
             self._check_wants({"batch-size": (self.batch_size, 0), "local-steps": (self.local_steps, 1)})
-        if _contains(parts.client, LossNormalised) or parts.strategy.asks:
+        if isinstance(parts.strategy, PooledIRM):
+            self._check_pooling()
+        elif _contains(parts.client, LossNormalised) or parts.strategy.asks:
             self._check_asking()
         if self.nodes > self.num_workers:
             raise BadInput(f"nodes = {self.nodes} must be <= num-workers = {self.num_workers}")
@@ -304,6 +327,21 @@ class Experiment(BaseModel):
                 f"{self.strategy!r} keeps nothing at workers; 'DiLoCo(lr=1.0, momentum=0.0)' averages and does"
             )
 
+    def _check_hostile(self) -> None:
+        strategy = self.parts.strategy
+        merged = not strategy.keeps_rows and strategy.upload != "chosen" and not strategy.carries
+        if merged and not strategy.asks and not isinstance(self.parts.schedule, FreeRunning):
+            return
+        for key, value, default in (
+            ("attack", self.attack, "'NoAttack()'"),
+            ("max-update-norm", self.max_update_norm, "0"),
+        ):
+            if value != type(self).model_fields[key.replace("-", "_")].default:
+                raise BadInput(
+                    f"{key} = {value!r}: is for rounds whose workers start from the server's model and send their rows, "
+                    f"not for strategy = {self.strategy!r} with schedule = {self.schedule!r}; use {key} = {default}"
+                )
+
     def _check_asking(self) -> None:
         client, strategy = self.parts.client, self.parts.strategy
         if not isinstance(client, LossNormalised) or not strategy.asks:
@@ -317,6 +355,16 @@ class Experiment(BaseModel):
         if not isinstance(self.parts.objective, Exponential):
             raise BadInput(f"objective = {self.objective!r}: client = {self.client!r} needs 'Exponential()'")
         self._check_wants(wanted)
+
+    def _check_pooling(self) -> None:
+        client = self.parts.client
+        if not isinstance(client, IRM) or client.split:
+            raise BadInput(
+                f"client = {self.client!r}: strategy = {self.strategy!r} needs 'IRM(...)', not split and not within another rule"
+            )
+        for key, value, wanted in (("batch-size", self.batch_size, 0), ("local-steps", self.local_steps, 1)):
+            if value != wanted:
+                raise BadInput(f"{key} = {value}: strategy = {self.strategy!r} needs {key} = {wanted}")
 
     def _check_wants(self, wanted: dict[str, tuple[float, int]]) -> None:
         model = self.parts.model

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from fedsim import runs
+from fedsim import runs, workers
 from fedsim.experiment import COMPONENTS, BadInput, Experiment
 from fedsim.registry import expression
 from fedsim.results import BETTER, best, final, over_seeds
@@ -154,9 +154,18 @@ def summarise(groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def present(table: pd.DataFrame) -> list[str]:
-    """Return the main figures that at least one group has."""
+    """Return the main figures that at least one group has; accuracies on test sets that all are held-out domains once only."""
     names = [c for c in BETTER if f"{c}.final" in table]
-    return [c for c in names if np.isfinite(table[f"{c}.final"].to_numpy(dtype=float)).any()]
+    found = [c for c in names if np.isfinite(table[f"{c}.final"].to_numpy(dtype=float)).any()]
+    if "ood_accuracy" in found and table["ood_accuracy.final"].equals(table["test_accuracy.final"]):
+        found.remove("test_accuracy")
+    return found
+
+
+def held_out(groups: Sequence[Group]) -> str:
+    """Name the domains that the runs hold out; empty if there are none."""
+    known = (workers.read(run.path).get("held_out", "") for g in groups for run in g.runs)
+    return "; ".join(dict.fromkeys(name for name in known if name))
 
 
 def leading(table: pd.DataFrame) -> str:

@@ -24,9 +24,9 @@ from fedsim.canvas import (
     points,
     style,
 )
-from fedsim.groups import Group, leading, summarise
+from fedsim.groups import Group, held_out, leading, present, summarise
 from fedsim.plots import Drawing
-from fedsim.results import BETTER, NAMES, PROBED, over_seeds, plus_minus
+from fedsim.results import BETTER, DOMAINS, NAMES, PROBED, over_seeds, plus_minus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 MOST_CURVES = 10
 """Groups in an overlay; of more, those with the best final values are drawn."""
 
+OUTSIDE = (*DOMAINS, "test_accuracy", "test_loss")
+"""Figures whose title names the held-out domain, where there is one."""
 
-def overlay(groups: Sequence[Group], column: str, x: str = "round") -> Figure | None:
+
+def overlay(groups: Sequence[Group], column: str, x: str = "round", title: str = "") -> Figure | None:
     """Draw a column of several groups: the mean over seeds, and one standard deviation as a band.
 
     Parameters
@@ -46,6 +49,8 @@ def overlay(groups: Sequence[Group], column: str, x: str = "round") -> Figure | 
         Of the history.
     x : str
         One of `fedsim.canvas.AXES`.
+    title : str
+        Of the figure, such as the held-out domain.
 
     Returns
     -------
@@ -77,6 +82,7 @@ def overlay(groups: Sequence[Group], column: str, x: str = "round") -> Figure | 
             axes.set_xscale("log")  # these fall like powers, or like powers of a logarithm
             if min(y.min() for y in drawn) > 0:
                 axes.set_yscale("log")
+        axes.set_title(title, fontsize="small")
         legend(figure, axes, columns=1 if max(len(g.label) for g in groups) > 24 else 2)
     return figure
 
@@ -104,20 +110,23 @@ def overlays(groups: Sequence[Group]) -> list[Drawing]:
             f" The best {MOST_CURVES} of {len(groups)}.",
         )
     spread = " Mean and standard deviation over seeds." if any(len(g.runs) > 1 for g in chosen) else ""
-    wanted = [(c, "round") for c in BETTER if c not in ("held_loss.mean",)]
+    away, shown = held_out(chosen), present(table)
+    wanted = [(c, "round") for c in shown if c not in ("held_loss.mean",)]
     wanted += [(c, x) for c in dict.fromkeys((chief, "test_loss")) for x in AXES if x != "round"]
     drawn = []
     for column, x in wanted:
         if not any(len(points(run.history, column, x)[1]) for g in chosen for run in g.runs):
             continue
-        figure = overlay(chosen, column, x)
+        figure = overlay(chosen, column, x, f"held out: {away}" if away and column in OUTSIDE else "")
         if figure is not None:
             caption = f"{NAMES[column].capitalize()} against {AXES[x]}.{spread}{some}"
             drawn.append(Drawing(f"{column}-{x}", caption, figure))
     return drawn
 
 
-def over_grid(settings: Sequence[Mapping[str, str]], finals: Sequence[float], column: str) -> Drawing | None:
+def over_grid(
+    settings: Sequence[Mapping[str, str]], finals: Sequence[float], column: str, away: str = ""
+) -> Drawing | None:
     """Draw the final values of a main figure over a grid: a map, or points for a grid of a single key.
 
     Parameters
@@ -128,6 +137,8 @@ def over_grid(settings: Sequence[Mapping[str, str]], finals: Sequence[float], co
         Final values of the runs, NaN for those that have none.
     column : str
         Name of the figure in the history.
+    away : str
+        The held-out domain that the title names; empty for none.
 
     Returns
     -------
@@ -152,6 +163,8 @@ def over_grid(settings: Sequence[Mapping[str, str]], finals: Sequence[float], co
             figure = _map(mean, sd, keys, down, across, NAMES[column])
         else:
             figure = _points(mean[:, 0], sd[:, 0], keys[0], down, NAMES[column])
+        if away:
+            figure.axes[0].set_title(f"held out: {away}", fontsize="small")
     return Drawing(f"grid-{column}", caption, figure)
 
 

@@ -377,16 +377,17 @@ class Stacked(_Batched):
             return dict(zip(at, leaves, strict=True)), value
 
         def one(
-            theta: Tree, state: State, anchor: Tree, u: Tensor, x: Tensor, y: Tensor
+            theta: Tree, state: State, anchor: Tree, u: Tensor, x: Tensor, y: Tensor, worker: Tensor
         ) -> tuple[Tree, State, Told]:
             def grad(at: Tree) -> tuple[Tree, Tensor]:
                 *leaves, loss = _AllWorkers.apply(gradient, tuple(at), u, *at.values())
                 return dict(zip(at, leaves, strict=True)), loss
 
-            oracle = Oracle(grad, anchor, work.broadcast, t, u, (x, y), lambda at, part: slope(at, part, u))
+            own = partial(slope, u=u)
+            oracle = Oracle(grad, anchor, work.broadcast, t, u, (x, y), own, worker)
             return self.rule.step(theta, state, oracle)
 
-        return vmap(one)(theta, state, work.anchor, u, batch.x, batch.y)
+        return vmap(one)(theta, state, work.anchor, u, batch.x, batch.y, work.worker[: len(u)])
 
 
 class _AllWorkers(torch.autograd.Function):
@@ -457,11 +458,19 @@ class Vmap(_Batched):
         x: Tensor,
         y: Tensor,
         weight: Tensor,
+        worker: Tensor,
     ) -> Any:
         """Make one step of all workers; all arguments are tensors, so that it can be compiled."""
 
         def one(
-            theta: Tree, state: State, anchor: Tree, u: Tensor, x: Tensor, y: Tensor, weight: Tensor
+            theta: Tree,
+            state: State,
+            anchor: Tree,
+            u: Tensor,
+            x: Tensor,
+            y: Tensor,
+            weight: Tensor,
+            worker: Tensor,
         ) -> tuple[Tree, State, Told]:
             oracle = Oracle(
                 lambda at: self.grad(at, x, y, weight),
@@ -471,10 +480,11 @@ class Vmap(_Batched):
                 u,
                 (x, y),
                 lambda at, part: self.slope(at, x, y, part_weights(weight, part)),
+                worker,
             )
             return self.rule.step(theta, state, oracle)
 
-        return vmap(one)(theta, state, anchor, u, x, y, weight)
+        return vmap(one)(theta, state, anchor, u, x, y, weight, worker)
 
     def step(self, theta: Stack, state: State, work: Work, u: Tensor, t: Tensor, batch: Batch) -> Any:
         """Make one step."""
@@ -482,7 +492,8 @@ class Vmap(_Batched):
         if weight is None:
             size = batch.x.shape[1]
             weight = torch.full((len(u), size), 1 / size, dtype=self.feed.dtype, device=u.device)
-        return self.batched(theta, state, work.anchor, work.broadcast, u, t, batch.x, batch.y, weight)
+        worker = work.worker[: len(u)]
+        return self.batched(theta, state, work.anchor, work.broadcast, u, t, batch.x, batch.y, weight, worker)
 
 
 class Compiled(Vmap):
@@ -575,7 +586,7 @@ class Loop:
                 return mean(at, slope_of(self.objective), part)
 
             grad = partial(mean, of=self.objective)
-            oracle = Oracle(grad, anchor, work.broadcast, step, u[t, i], (x, y), slope)
+            oracle = Oracle(grad, anchor, work.broadcast, step, u[t, i], (x, y), slope, work.worker[i])
             theta, state, told = self.rule.step(theta, state, oracle)
             every.append(told)
             if work.follow is not None:

@@ -235,10 +235,7 @@ def _accuracy(history: pd.DataFrame, workers: Workers) -> Figure | None:
 def _domains(history: pd.DataFrame, workers: Workers) -> Figure | None:
     if "id_accuracy" not in history:
         return None
-    figure = curves(history, ["id_accuracy", "ood_accuracy"], "accuracy")
-    if figure is not None and "held_out" in workers:
-        figure.axes[0].set_title(f"held out: {workers['held_out']}", fontsize="small")
-    return figure
+    return curves(history, ["id_accuracy", "ood_accuracy"], "accuracy")
 
 
 FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, Workers], Figure | None]]] = {
@@ -253,6 +250,9 @@ FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame, Workers], Figure | None]]]
     "partition": ("Training rows by worker and label.", partition),
 }
 """Figures of every run by name: caption and how to draw them from the history and what is known of each worker."""
+
+OUTSIDE = ("loss", "accuracy", "domains", "costs")
+"""Figures that show the central test set, and so name the domain that it is, where it is one."""
 
 LAWS = ("slope_ratio", "norm_growth", "loss_exponent")
 """Columns of ``direction`` that tend to 1 for plain gradient steps alone."""
@@ -279,8 +279,19 @@ PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("trace", ("trace",)),
         ("rise of the loss", ("rise", "m_sharpness")),
     ),
+    "geometry": (
+        ("gamma", ("gamma", "gamma_update", "gamma_other", "null")),
+        ("ratio", ("rsi", "eb")),
+        ("best rate, post hoc", ("lr",)),
+        ("agreement", ("agreement",)),
+        ("distance", ("distance",)),
+    ),
     "normalised_margin": (("margin", ("value",)), ("norm", ("norm",))),
-    "environments": (("risk", ("risk.mean", "risk.max")), ("penalty", ("penalty.mean", "penalty.max"))),
+    "environments": (
+        ("risk", ("risk.mean", "risk.max")),
+        ("penalty", ("penalty.mean", "penalty.max")),
+        ("accuracy", ("accuracy.mean", "accuracy.min")),
+    ),
 }
 """Panels of probes: label of the vertical axis, and columns without the prefix."""
 
@@ -302,8 +313,16 @@ PROBES: dict[str, tuple[str, Callable[[pd.DataFrame, str], Figure | None]]] = {
         "and the rise of the loss within a radius, over all rows and over groups of rows.",
         panels,
     ),
+    "geometry": (
+        "Rounds against the point where an earlier run of the same experiment has ended: gamma, with the gamma of a random walk "
+        "(null) and that against the end of another run; secant inequality, error bound, and the server learning rate that would have come nearest.",
+        panels,
+    ),
     "normalised_margin": ("Smallest normalised margin, and the norm of the parameters.", panels),
-    "environments": ("Risk and invariance penalty of the model over environments: mean and worst.", panels),
+    "environments": (
+        "Risk, invariance penalty and accuracy of the model over environments: mean and worst.",
+        panels,
+    ),
     "bias": ("Distance of the model from the limit of centralised training.", lines),
 }
 """Figures of probes by the prefix of their columns; a probe that is not here has its columns drawn as lines."""
@@ -339,6 +358,8 @@ def drawings(history: pd.DataFrame, workers: Workers) -> Iterator[Drawing]:
             _excuse(name, error)
             continue
         if figure is not None:
+            if name in OUTSIDE and "held_out" in workers:
+                figure.axes[0].set_title(f"held out: {workers['held_out']}", fontsize="small")
             yield Drawing(name, caption, figure)
 
 

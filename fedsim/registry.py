@@ -18,12 +18,20 @@ from pydantic import TypeAdapter, ValidationError
 
 import clients
 import strategies
-from fedsim import data, gpt_neo, landscapes, models, network, objectives, probes, schedule, text_classifier
+from fedsim import (
+    attacks,
+    data,
+    gpt_neo,
+    landscapes,
+    models,
+    network,
+    objectives,
+    probes,
+    schedule,
+    text_classifier,
+)
+from fedsim.errors import BadInput
 from strategies.foreign import FlowerStrategy
-
-
-class BadInput(Exception):
-    """Something the user wrote is wrong; the message is one line that says what, where and what is allowed."""
 
 
 def _classes(module: Any, *names: str) -> dict[str, type]:
@@ -96,12 +104,14 @@ REGISTRY: dict[str, dict[str, type]] = {
         "AdaptiveSGD",
         "SASAM",
         "Guided",
+        "Gaussian",
     ),
     "strategy": _classes(
         strategies,
         "FedAvg",
         "FedSGD",
         "FedIRM",
+        "PooledIRM",
         "LocalGD",
         "AnchoredAverage",
         "KnownLoss",
@@ -119,6 +129,7 @@ REGISTRY: dict[str, dict[str, type]] = {
         "FedCM",
         "FedMedian",
         "TrimmedMean",
+        "DPFedAvg",
         "GapFilter",
         "DominantFilter",
         "LeaderSGD",
@@ -137,9 +148,12 @@ REGISTRY: dict[str, dict[str, type]] = {
         "Disagreement",
         "Sharpness",
         "Environments",
+        "PrivacyLoss",
+        "Geometry",
     ),
     "network": _classes(network, "Network"),
     "schedule": _classes(schedule, "Synchronous", "PostLocal", "DynamicSteps", "TotalSteps", "FreeRunning"),
+    "attack": _classes(attacks, "NoAttack", "LabelFlip", "ScaledUpdate", "GaussianUpdate"),
 }
 
 KINDS = {
@@ -152,6 +166,7 @@ KINDS = {
     "probe": "what is measured after a round; the key is probes, several are joined by ;",
     "network": "what the simulated clock charges",
     "schedule": "how fast workers are, and when they meet",
+    "attack": "which workers attack, and how",
 }
 """What each kind of component is, in a few words."""
 
@@ -222,7 +237,7 @@ def parse(kind: str, text: str, key: str | None = None) -> Any:
     0.5
     >>> parse("client", "SDG(lr=0.5)")
     Traceback (most recent call last):
-    fedsim.registry.BadInput: client = 'SDG(lr=0.5)': unknown name 'SDG'; did you mean 'SGD'? allowed: ...
+    fedsim.errors.BadInput: client = 'SDG(lr=0.5)': unknown name 'SDG'; did you mean 'SGD'? allowed: ...
     """
     where = f"{key or kind} = {text!r}"
     try:

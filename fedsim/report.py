@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim import pages, plots, runs, text_sample, workers
+from fedsim import geometry_plots, pages, plots, runs, text_sample, workers
 from fedsim.results import BETTER, NAMES, PROBED, best, final
 
 MOST_SAID = 12
@@ -41,6 +41,7 @@ def write(directory: Path) -> Path:
     experiment, summary, history = done.experiment, done.summary, done.history
     said, sample = warnings(done, known), text_sample.read(directory)
     figures = [pages.picture(d) for d in plots.drawings(history, known)]
+    figures += [pages.picture(d) for d in geometry_plots.drawings(directory)]
     sections = [("figures", "Figures"), ("results", "Results")]
     sections += [("sample", "Sample")] * bool(sample) + [("experiment", "Experiment")]
     sections += [("repeat", "How to repeat it")]
@@ -123,8 +124,9 @@ def _shortened(told: list[str], what: str) -> list[str]:
 
 def _cards(history: pd.DataFrame, summary: dict[str, Any]) -> list[tuple[str, str]]:
     cards = []
+    chief = ("id_accuracy", "ood_accuracy") if "ood_accuracy" in history else ("test_accuracy",)
     for column in (
-        "test_accuracy",
+        *chief,
         "test_perplexity",
         "test_loss",
         "train_loss",
@@ -145,7 +147,8 @@ def _values(history: pd.DataFrame) -> pages.Rows:
     for column in BETTER:
         value, round = best(history, column)
         if round:
-            texts = (NAMES[column], pages.number(final(history, column)), pages.number(value), str(round))
+            name = NAMES[column] + (" (its best is an oracle's)" if column == "ood_accuracy" else "")
+            texts = (name, pages.number(final(history, column)), pages.number(value), str(round))
             rows.append([pages.Cell(text) for text in texts])
     return pages.Rows(("", "final", "best", "in round"), rows)
 

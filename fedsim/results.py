@@ -14,6 +14,8 @@ from fedsim.canvas import points
 from fedsim.plots import LABELS
 
 BETTER = {
+    "id_accuracy": max,
+    "ood_accuracy": max,
     "test_accuracy": max,
     "test_loss": min,
     "test_perplexity": min,
@@ -27,15 +29,25 @@ BETTER = {
 }
 """Main figures of a history in the order of tables, and whether more or less is better."""
 
+DOMAINS = ("id_accuracy", "ood_accuracy")
+"""Main figures of runs that hold out a domain; the central test set is this domain."""
+
 PROBED = ("direction.cosine_distance", "bias.finite", "sharpness.lambda_max")
 """Main figures that a probe measures."""
 
 NAMES = LABELS | {
+    "id_accuracy": "accuracy in training domains",
+    "ood_accuracy": "held-out accuracy",
     "held_accuracy.p10": "workers' own accuracy, 10th percentile",
     "direction.cosine_distance": "cosine distance",
     "bias.finite": "distance from minimiser",
     "sharpness.lambda_max": "largest Hessian eigenvalue",
 }
+
+
+def heading(column: str, kind: str) -> str:
+    """Name a column of a table of final or best values; the best by a held-out domain is what nobody could have chosen."""
+    return f"{NAMES[column]}, {kind}" + (" (oracle)" if column == "ood_accuracy" and kind == "best" else "")
 
 
 class Value(NamedTuple):

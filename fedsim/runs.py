@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -100,7 +101,7 @@ def run(
     Raises
     ------
     BadInput
-        If the directory holds a run already or cannot be written.
+        If the directory holds a run already or another process is running it.
     RunFailed
         If the run cannot go on; what was written stays.
 
@@ -117,9 +118,12 @@ def run(
     experiment = experiment.replace({"out": str(path)})
     federation = load_federation(experiment) if federation is None else federation
     carrier = InProcess(experiment, federation) if carrier is None else carrier
-    _describe(path, experiment)
-    found = _beginning(experiment, federation, carrier)
-    return _go_on(experiment, path, federation, carrier, found, progress, draw)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        _describe(path, experiment)
+        found = _beginning(experiment, federation, carrier)
+        return _go_on(experiment, path, federation, carrier, found, progress, draw)
 
 
 def resume(
@@ -153,23 +157,25 @@ def resume(
     Raises
     ------
     BadInput
-        If there is no run, or the checkpoint is of another experiment; the differing keys are listed.
+        If there is no run, another process is running it, or the checkpoint is of another experiment; the differing
+        keys are listed.
     """
     path = Path(path)
     experiment = read_experiment(path).replace({**dict(changes or {}), "out": str(path)})
     federation = load_federation(experiment)
     device = next(iter(federation.theta.values())).device
-    found = read_checkpoint(path, experiment, device)
-    host = (carrier or InProcess)(experiment, federation)
-    if found is None:
-        found = _beginning(experiment, federation, host)
-    else:
-        host.restore(found.workers)
-        if experiment.plan == "auto":
-            host.use_plan(found.plan)
-    _describe(path, experiment)
-    history.cut(path, found.position.round)
-    return _go_on(experiment, path, federation, host, found, progress, draw)
+    with _alone(path):
+        found = read_checkpoint(path, experiment, device)
+        host = (carrier or InProcess)(experiment, federation)
+        if found is None:
+            found = _beginning(experiment, federation, host)
+        else:
+            host.restore(found.workers)
+            if experiment.plan == "auto":
+                host.use_plan(found.plan)
+        _describe(path, experiment)
+        history.cut(path, found.position.round)
+        return _go_on(experiment, path, federation, host, found, progress, draw)
 
 
 def load(path: str | Path) -> Run:
@@ -305,6 +311,27 @@ def _describe(path: Path, experiment: Experiment) -> None:
     with writing(path):
         (path / "checkpoint").mkdir(parents=True, exist_ok=True)
         replace_file(path / "experiment.toml", experiment.replace({"out": ""}).to_toml().encode())
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep a run directory for this process: a server whose link was lost may still be writing to it."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl  # absent on Windows
+
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{path}: another process is running it; wait for it or end it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)
 
 
 def _go_on(

@@ -12,9 +12,10 @@ import torch
 
 from clients.sasam import collapses
 from fedsim import tree
-from fedsim.carriers import Carrier, InProcess, RunFailed, join_evaluations
+from fedsim.carriers import Carrier, InProcess, join_evaluations
 from fedsim.cohort import Evaluated, evaluate
 from fedsim.data import ByLabel, Dirichlet, Domains, Pathological
+from fedsim.errors import RunFailed
 from fedsim.experiment import BadInput, Experiment
 from fedsim.federation import Federation, load
 from fedsim.play import Server, play

@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from fedsim import cells, compare, federation, pages, runs
+from fedsim import cells, compare, domain_sweep, federation, pages, runs
 from fedsim.checkpoints import replace_file, writing
+from fedsim.domain_sweep import Search
 from fedsim.experiment import BadInput, Experiment, parse_override
-from fedsim.groups import group, labels, leading, summarise
+from fedsim.groups import group, held_out, labels, leading, summarise
 from fedsim.overlays import over_grid, overlays
-from fedsim.results import BETTER, PROBED, best, final
+from fedsim.plots import Drawing
+from fedsim.results import BETTER, DOMAINS, PROBED, best, final
 
 Grid = Mapping[str, Sequence[str]]
 """Values of each key, as they are written on a command line."""
@@ -37,10 +38,13 @@ class Cell(NamedTuple):
         Its values of the grid's keys, as written.
     experiment : Experiment
         With seed and directory.
+    optimiser : str
+        Whose settings were drawn at random; empty if none were.
     """
 
     settings: dict[str, str]
     experiment: Experiment
+    optimiser: str = ""
 
     @property
     def path(self) -> Path:
@@ -137,7 +141,7 @@ def read_grid(options: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def plan(base: Experiment, grid: Grid, num_seeds: int, out: Path) -> list[Cell]:
+def plan(base: Experiment, grid: Grid, num_seeds: int, out: Path, search: Search | None = None) -> list[Cell]:
     """Make the experiments of all cells and check them, so that nothing runs if one is wrong.
 
     Parameters
@@ -150,11 +154,13 @@ def plan(base: Experiment, grid: Grid, num_seeds: int, out: Path) -> list[Cell]:
         Seeds of each combination, >= 1.
     out : Path
         Directory of the sweep.
+    search : Search or None
+        Optimisers whose settings are drawn at random and combined with the grid.
 
     Returns
     -------
     list of Cell
-        The last key of the grid and the seed vary fastest.
+        The draws, the last key of the grid and the seed vary fastest.
 
     Raises
     ------
@@ -166,8 +172,7 @@ def plan(base: Experiment, grid: Grid, num_seeds: int, out: Path) -> list[Cell]:
         raise BadInput(f"--seeds {num_seeds}: must be >= 1")
     made: list[Cell] = []
     loaded: set[tuple[Any, ...]] = set()
-    for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
+    for settings, optimiser in _combinations(base, grid, search):
         name = _file_name(settings)
         changes = dict(parse_override(f"{k}={v}") for k, v in settings.items())
         if changes.get("local-epochs") and "local-steps" not in changes:
@@ -181,7 +186,8 @@ def plan(base: Experiment, grid: Grid, num_seeds: int, out: Path) -> list[Cell]:
         except BadInput as error:
             raise BadInput(f"cell {_write(settings)}: {error}" if settings else str(error)) from None
         for seed in range(base.seed, base.seed + num_seeds):
-            cell = Cell(settings, first.replace({"seed": seed, "out": str(out / f"{name}-seed{seed}")}))
+            own_seed = first.replace({"seed": seed, "out": str(out / f"{name}-seed{seed}")})
+            cell = Cell(settings, own_seed, optimiser)
             _check_directory(cell)
             made.append(cell)
     names = labels([cell.experiment for cell in made[::num_seeds]])
@@ -190,6 +196,18 @@ def plan(base: Experiment, grid: Grid, num_seeds: int, out: Path) -> list[Cell]:
             twins = (_write(made[num_seeds * j].settings) for j in (names.index(name), i))
             raise BadInput("--grid: these cells mean the same: " + " and ".join(twins))
     return made
+
+
+def _combinations(
+    base: Experiment, grid: Grid, search: Search | None
+) -> Iterator[tuple[dict[str, str], str]]:
+    """Yield the settings of all cells but for seeds, and the optimiser whose settings were drawn."""
+    draws = [] if search is None else search.draws(base.seed)
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        yield from ((settings | {k: str(v) for k, v in one.settings.items()}, one.optimiser) for one in draws)
+        if not draws:
+            yield settings, ""
 
 
 def run(
@@ -251,7 +269,8 @@ def tabulate(planned: Sequence[Cell], outcomes: Mapping[Path, cells.Outcome]) ->
         there = (cell.path / "experiment.toml").exists()
         done = runs.load(cell.path) if there else None
         error = outcomes[cell.path].error if cell.path in outcomes else ""
-        row: dict[str, Any] = {**cell.settings, "seed": cell.experiment.seed, "directory": str(cell.path)}
+        row: dict[str, Any] = {"optimiser": cell.optimiser} if cell.optimiser else {}
+        row |= {**cell.settings, "seed": cell.experiment.seed, "directory": str(cell.path)}
         row |= {"error": error, "rounds": 0 if done is None else len(done.history)}
         if done is not None and len(done.history):
             for c in BETTER:
@@ -264,9 +283,14 @@ def tabulate(planned: Sequence[Cell], outcomes: Mapping[Path, cells.Outcome]) ->
 
 
 def write(
-    base: Experiment, grid: Grid, num_seeds: int, out: Path, outcomes: Mapping[Path, cells.Outcome]
+    base: Experiment,
+    grid: Grid,
+    num_seeds: int,
+    out: Path,
+    outcomes: Mapping[Path, cells.Outcome],
+    search: Search | None = None,
 ) -> pages.Rows:
-    """Write ``sweep.csv``, ``sweep.html`` and ``base.toml`` of a sweep.
+    """Write ``sweep.csv``, ``sweep.html`` and ``base.toml`` of a sweep, and ``boxes.csv`` of one over optimisers.
 
     Parameters
     ----------
@@ -280,18 +304,20 @@ def write(
         Directory of the sweep.
     outcomes : mapping
         As `run` gives them.
+    search : Search or None
+        As for `plan`.
 
     Returns
     -------
     Rows
-        A table for terminals, with two of the main figures.
+        A table for terminals, with two of the main figures, or that of boxes.
 
     Raises
     ------
     BadInput
         If no cell has a round.
     """
-    planned = plan(base, grid, num_seeds, out)
+    planned = plan(base, grid, num_seeds, out, search)
     table = tabulate(planned, outcomes)
     with writing(out):
         replace_file(out / "base.toml", base.replace({"out": ""}).to_toml().encode())
@@ -303,24 +329,31 @@ def write(
         raise BadInput(f"{out}: no cell has a round; " + "; ".join(failed[:1]))
     groups = group(found)
     summary = summarise(groups)
-    drawn = overlays(groups)
-    chief = leading(summary)
-    settings = [cell.settings for cell in planned]
-    wanted = [c for c in dict.fromkeys((chief, "train_loss", *PROBED)) if f"{c}.final" in table]
-    charts = [over_grid(settings, table[f"{c}.final"].tolist(), c) for c in wanted]
+    terminal, special = compare.cells(summary, brief=True), {}
+    if search is None:
+        away, chief = held_out(groups), leading(summary)
+        settings = [cell.settings for cell in planned]
+        wanted = dict.fromkeys((chief, *(DOMAINS if away else ()), "train_loss", *PROBED))
+        named = [(c, away if c in DOMAINS else "") for c in wanted if f"{c}.final" in table]
+        charts = [over_grid(settings, table[f"{c}.final"].tolist(), c, name) for c, name in named]
+        drawn = [c for c in charts if c] + overlays(groups)
+    else:
+        terminal, drawn, special = _over_optimisers(planned, search, out, outcomes)
     told = dict.fromkeys(text for o in outcomes.values() for text in o.warnings)
     options = " ".join(f"--grid {shlex.quote(f'{k}=' + ','.join(v))}" for k, v in grid.items())
+    options += "" if search is None else f" {search.words}"
     command = f"fedsim sweep {shlex.quote(str(out / 'base.toml'))} {options} --seeds {num_seeds} --out "
+    combinations = len(planned) // num_seeds
     content = {
-        "title": f"Sweep over {' and '.join(grid) or 'seeds'}",
+        "title": f"Sweep over {' and '.join([*grid] + ['optimisers'] * (search is not None)) or 'seeds'}",
         "lead": (
-            f"{len(planned)} runs: {math.prod(map(len, grid.values()))} combinations, {num_seeds} "
+            f"{len(planned)} runs: {combinations} combinations, {num_seeds} "
             f"{'seeds' if num_seeds > 1 else 'seed'} each; {len(failed)} failed."
         ),
-        "note": compare.NOTE,
+        "note": compare.note(groups),
         "values": compare.cells(summary),
         "said": [*failed, *compare.unfinished(found), *told],
-        "pictures": [pages.picture(d) for d in [c for c in charts if c] + drawn],
+        "pictures": [pages.picture(d) for d in drawn],
         "runs": compare.listed(groups),
         "toml": compare.common(found),
         "commands": [
@@ -329,8 +362,49 @@ def write(
         ],
         "sections": compare.SECTIONS,
     }
-    pages.write(out / "sweep.html", "compare.html", content)
-    return compare.cells(summary, brief=True)
+    pages.write(out / "sweep.html", "compare.html", content | special)
+    return terminal
+
+
+def _over_optimisers(
+    planned: Sequence[Cell], search: Search, out: Path, outcomes: Mapping[Path, cells.Outcome]
+) -> tuple[pages.Rows, list[Drawing], dict[str, Any]]:
+    """Write ``boxes.csv``, and return the table of boxes, the figures and what the page has besides."""
+    experiments = {cell.experiment.data: cell.experiment for cell in planned}
+    places = {data: domain_sweep.place(e) for data, e in experiments.items()}
+    errors = {path: outcome.error for path, outcome in outcomes.items()}
+    runs_of = domain_sweep.collect([(cell.experiment, cell.optimiser) for cell in planned], places, errors)
+    keep = domain_sweep.threshold(search, places)
+    full, boxes, compared = domain_sweep.tables(runs_of, keep)
+    with writing(out):
+        replace_file(out / "boxes.csv", full.to_csv(index=False).encode())
+    note = (
+        f"Medians over runs after their last step, with quartiles in brackets: accuracy on training rows, on new rows of the "
+        "training domains (ID), in the held-out domain (OOD), and the difference; of all runs, of those that are kept, with an ID accuracy of at least "
+        f"{keep:g}, and of the (up to 10) best by ID. {runs_of['diverged'].sum()} of {len(runs_of)} runs diverged; they count with the "
+        "accuracies that were measured last, or else with those of guessing. Who chooses by the held-out domain (OOD) is an oracle."
+    )
+    special = {"heading": "Optimisers", "note": note, "values": boxes, "compared": compared}
+    return boxes, domain_sweep.drawings(runs_of, keep), special
+
+
+def failures(outcomes: Mapping[Path, cells.Outcome], search: Search | None) -> int:
+    """Count the runs that failed; where settings are drawn at random, one that diverged is a result.
+
+    Parameters
+    ----------
+    outcomes : mapping
+        As `run` gives them.
+    search : Search or None
+        As for `plan`.
+
+    Returns
+    -------
+    int
+        Runs.
+    """
+    errors = [outcome.error for outcome in outcomes.values() if outcome.error]
+    return sum(search is None or domain_sweep.DIVERGED not in error for error in errors)
 
 
 def _write(settings: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ from strategies.compressed import Compressed
 from strategies.diloco import DiLoCo
 from strategies.dominant_filter import DominantFilter
 from strategies.downpour import Downpour
+from strategies.dp_fedavg import DPFedAvg
 from strategies.elastic import ElasticAveraging
 from strategies.fedavg import FedAvg, LocalGD
 from strategies.fedcm import FedCM
@@ -15,6 +16,7 @@ from strategies.gap_filter import GapFilter
 from strategies.known_loss import DualAcceleration, KnownLoss
 from strategies.leader import LeaderGD, LeaderSGD
 from strategies.low_bit import LowBit
+from strategies.pooled_irm import PooledIRM
 from strategies.robust import FedMedian, TrimmedMean
 from strategies.scaffold import Scaffold
 from strategies.server_opt import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -26,6 +28,7 @@ __all__ = [
     "AsyncDiLoCo",
     "Broadcast",
     "Compressed",
+    "DPFedAvg",
     "DiLoCo",
     "DominantFilter",
     "Downpour",
@@ -47,6 +50,7 @@ __all__ = [
     "LocalGD",
     "LowBit",
     "MeanRule",
+    "PooledIRM",
     "Report",
     "Rule",
     "Scaffold",

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import hand, loop, tables
+from benchmarks import attacks, hand, load, loop, nodes, tables
 from benchmarks.ceilings import demand
 from benchmarks.growth import SAME, points
 from benchmarks.nets import build
@@ -20,7 +23,7 @@ from benchmarks.speed import IMPLEMENTATIONS
 from benchmarks.syncs import STRATEGIES, measure
 from benchmarks.workloads import Workload, problem, workloads
 from fedsim import Experiment
-from fedsim.federation import load
+from fedsim.federation import load as load_federation
 
 SMALL = {
     "linear": {"model": "Linear()"},
@@ -57,7 +60,7 @@ def reference(made: Problem, rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["A", "B", "C"])
 def test_a_problem_is_the_experiment_of_fedsim(name: str, tmp_path: Path) -> None:
     workload = workloads()[name]
-    federation = load(workload.experiment)
+    federation = load_federation(workload.experiment)
     problem(name, workload, federation).save(tmp_path / "p.npz")
     read = Problem.load(tmp_path / "p.npz")
     net = build(read)
@@ -159,7 +162,71 @@ def test_only_a_marked_section_is_replaced() -> None:
         replace_section(text, "growth", "new")
 
 
+def test_attackers_take_accuracy_and_the_table_says_so(tmp_path: Path) -> None:
+    found = attacks.measure(1, ["FedAvg"], [0.0, 0.5])
+    accuracy = {(f["attack"], f["share"]): f["accuracy"] for f in found}
+    assert all(accuracy[kind, 0.0] > 0.8 > accuracy[kind, 0.5] for kind in attacks.ATTACKS)
+    attacks.figure(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    flipped = next(
+        line for line in attacks.markdown({"measurements": found}).splitlines() if "flipped" in line
+    )
+    assert flipped == f"| flipped labels | FedAvg | {found[0]['accuracy']:.2f} | {found[1]['accuracy']:.2f} |"
+
+
 def test_syncs_are_measured_side_by_side() -> None:
     found = measure(STRATEGIES, 2, 8)
     assert list(found) == list(STRATEGIES)
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in found.values())
+
+
+def test_rounds_over_nodes_are_compared_with_the_floor() -> None:
+    known = nodes.kinds(3)
+    assert known["fedsim"].keys == {"num-workers": 3}
+    for kind in known.values():
+        if kind.keys is not None:
+            Experiment.from_mapping(nodes.SAME | kind.keys)
+    seconds = {nodes.FLOOR: [[4.0, 5.0], [3.0]], "fedsim": [[4.4, 4.0], [4.8]]}
+    measured = [
+        {"kind": kind, "label": known[kind].label, "seconds": part}
+        for kind, parts in seconds.items()
+        for part in parts
+    ]
+    *_, line, _, about = nodes.markdown({"measurements": measured, "about": "Here."}).splitlines()
+    assert line == "| fedsim, FedAvg | 4.40 | +10% | 4.00 to 4.80 |"
+    assert about == "Here."
+
+
+def test_memory_under_load_is_level_if_its_slope_is_flat(tmp_path: Path) -> None:
+    samples = [{"round": r, "mb": 500.0 + min(r, 50), "client_mb": 100.0} for r in range(1, 101)]
+    rising = [s | {"mb": 500.0 + 2 * s["round"]} for s in samples]
+    measured = [
+        {"label": label, "rounds": 100, "ms": 12.3, "samples": found}
+        for label, found in (("level", samples), ("rising", rising))
+    ]
+    assert [load.growth(found) for found in measured] == pytest.approx([0.0, 200.0], abs=1e-6)
+    *_, level, rises, _, _ = load.markdown({"measurements": measured, "about": "Here."}).splitlines()
+    assert level.startswith("| level | 100 | 546 (to 50) | 550 (to 100) |")
+    assert rises.endswith("| +200.0 |")
+    load.figure({"measurements": measured}, tmp_path / "load.png")
+    assert (tmp_path / "load.png").stat().st_size > 10_000
+    for _, keys in load.CASES.values():
+        Experiment.from_mapping(load.SAME | keys)
+
+
+def test_a_meter_counts_marked_processes_only(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").write_text("{}\n{}\n")
+    code = "import os; x = bytearray(os.urandom(2**25)); input()"
+    env = {load.MARK: "this"}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=env) as process:
+        meter = load.Meter("this", tmp_path / "history.jsonl", 3)
+        meter.start()
+        while not meter.samples or meter.samples[-1]["mb"] < 32:
+            time.sleep(0.05)
+        meter.over.set()
+        meter.join()
+        assert process.stdin is not None
+        process.stdin.close()
+    last = meter.samples[-1]
+    assert (last["round"], last["client_mb"]) == (2, 0)
+    assert 32 < last["mb"] < 128

@@ -1,6 +1,7 @@
 """The command line: what it says, where, and with which exit code."""
 
 import io
+import json
 import os
 import pty
 import re
@@ -19,6 +20,7 @@ from rich.console import Console
 import fedsim
 from fedsim import cli, flower, plots, runs
 from fedsim.experiment import Experiment
+from fedsim.flower import FlowerOutcome
 from fedsim.registry import KINDS, REGISTRY
 
 TINY = {
@@ -274,6 +276,49 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path: Path) -> None:
     process.stderr.close()
 
 
+# ---------------------------------------------------------------------------------- deployments
+
+
+def test_a_run_on_another_host_says_where_its_directory_is(
+    call: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = FlowerOutcome("1", "finished:completed", "", 1.0)
+    monkeypatch.setattr(flower, "run_flower", lambda *_, **__: done)
+    said = call("flower", "e.toml", "--federation", "far", "--out", "there")
+    assert said == Said(0, f"run directory: {Path('there').resolve()} on the host of the SuperLink\n", "")
+
+
+@pytest.mark.parametrize(("begun", "end"), [(True, "; 'fedsim flower --resume there' goes on"), (False, "")])
+def test_a_link_that_does_not_answer_is_one_line(
+    begun: bool, end: str, call: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: object, **__: object) -> None:
+        if begun:
+            Path("there").mkdir()
+            Path("there/history.jsonl").write_text("{}\n")
+        raise RuntimeError("flwr ls: no\nconnection")
+
+    monkeypatch.setattr(flower, "run_flower", lose)
+    said = call("flower", "e.toml", "--federation", "far", "--out", "there")
+    assert said == Said(1, "", f"fedsim: flwr ls: no connection{end}\n")
+
+
+def test_a_federation_is_a_folder_or_a_connection(call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, object]] = []
+
+    def see(*_: object, federation: str, home: Path | None, **__: object) -> FlowerOutcome:
+        asked.append((federation, home))
+        return FlowerOutcome("1", "finished:failed", "", 1.0)
+
+    monkeypatch.setattr(flower, "run_flower", see)
+    Path("mine").mkdir()
+    state = {"host": "127.0.0.1", "port": 1, "data_folder": "", "link": [], "nodes": []}
+    Path("mine/federation.json").write_text(json.dumps(state))
+    for name in ("mine", "clinics"):
+        assert call("flower", "e.toml", "--federation", name, "--out", "there").code == 1
+    assert asked == [("fedsim", Path("mine/flower").resolve()), ("clinics", None)]
+
+
 # ---------------------------------------------------------------------------------- help and lists
 
 
@@ -289,7 +334,17 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path: Path) -> None:
             ["[EXPERIMENT.toml]", "--override", "KEY=VALUE", "--out", "fedsim list", "-o rounds=10"],
         ),
         ("resume --help", ["DIR", "-o rounds=100", "min-nodes"]),
-        ("flower --help", ["--federation", "--resume", "-o engine=flower -o nodes=2"]),
+        (
+            "flower --help",
+            ["--federation DIR|NAME", "--resume", "-o engine=flower -o nodes=2", "fedsim federation up"],
+        ),
+        ("federation --help", ["up", "status", "down", "keys", "fedsim federation up --nodes 3"]),
+        (
+            "federation up --help",
+            ["--nodes", "--data", "--workers", "--node-config", "--listen", "Folder('b')"],
+        ),
+        ("federation down --help", ["--only node-1", "Keys, data and logs stay."]),
+        ("federation keys --help", ["--host link.example.org", "--node clinic-a", "--days"]),
         ("list --help", ["KIND is data, partition, model,"]),
     ],
 )
@@ -389,7 +444,10 @@ def test_flower_hands_the_experiment_to_flower(call: Caller, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("stub", "message"),
     [
-        (Flower("finished:failed"), "fedsim: Flower's run 7 is finished:failed: told so\n"),
+        (
+            Flower("finished:failed"),
+            "fedsim: Flower's run 7 is finished:failed: told so; 'fedsim flower --resume here' goes on\n",
+        ),
         (Flower(write=False), "is not a run directory (no experiment.toml)\n"),
     ],
 )

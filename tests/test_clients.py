@@ -21,6 +21,7 @@ from clients import (
     Clipped,
     Controlled,
     Fresh,
+    Gaussian,
     Guided,
     LocalRule,
     Nesterov,
@@ -73,6 +74,8 @@ TABLE: list[LocalRule] = [
     SASAM(eta0=0.1, preset="transcription"),
     SASAM(preset="released", rho_max=0.5, damping=2.0, weight_decay=0.1),
     SASAM(preset="federated", rho_lag=True, persistent=True),
+    Gaussian(SGD(lr=0.1, momentum=0.9)),
+    Prox(Gaussian(AdamW(lr=0.01)), mu=0.4),
 ]
 every_rule = pytest.mark.parametrize("rule", TABLE, ids=repr)
 

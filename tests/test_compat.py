@@ -140,3 +140,15 @@ def test_engines_still_answer_exceptions_as_the_in_process_grid_does() -> None:
         source = inspect.getsource(module)
         assert "e_code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION" in source, HELP.format(module.__name__)
         assert 'reason = str(type(ex)) + ":<\'" + str(ex) + "\'>"' in source, HELP.format(module.__name__)
+
+
+def test_a_process_for_one_message_is_known_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+
+    command = TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]
+    for place in ("/venv/bin/", ""):
+        monkeypatch.setattr(sys, "argv", [f"{place}{command}", "--insecure"])
+        assert compat.is_for_one_message(), HELP.format("TASK_TYPE_TO_COMMAND")
+    for other in ("flwr-simulation", "pytest", "", "-c"):
+        monkeypatch.setattr(sys, "argv", [other])
+        assert not compat.is_for_one_message()

@@ -27,6 +27,7 @@ CHANGED = {
     "strategy": "FedAvgM(lr=0.5, momentum=0.5)",
     "network": "Network(latency=0.1)",
     "schedule": "Synchronous(sigma=0.5)",
+    "attack": "LabelFlip(share=0.1)",
     "probes": "Drift(); WorkerLoss()",
     "precision": "full",  # others need dtype = "float32"
     "num-workers": 7,
@@ -44,6 +45,7 @@ CHANGED = {
     "plan": "vmap",
     "nodes": 2,
     "min-nodes": 1,
+    "max-update-norm": 2.5,
     "round-timeout": 1.5,
     "engine": "flower",
     "out": "somewhere \"else\" 'ü' \\",

@@ -11,7 +11,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"tree", "random", "checks", "compat", "processes", "layers", "least_distance", "gaps", "canvas"},
+    {
+        "tree",
+        "random",
+        "checks",
+        "compat",
+        "processes",
+        "layers",
+        "least_distance",
+        "gaps",
+        "canvas",
+        "threads",
+        "errors",
+        "keys",
+        "source",
+        "frames",
+        "reach",
+    },
     {
         "clients",
         "strategies",
@@ -23,15 +39,27 @@ LAYERS = [
         "text_classifier",
         "gpt_neo",
     },
-    {"probes", "network", "schedule", "step_sizes", "invariance"},
+    {"probes", "network", "schedule", "step_sizes", "invariance", "attacks"},
     {"precision"},
     {"registry", "experiment"},
     {"federation", "batches", "stacked", "span", "plans", "scores"},
     {"captured"},
     {"cohort", "carriers", "curvature", "play", "simulate"},
-    {"checkpoints", "history", "workers", "text_sample", "plots", "runs", "messages", "grid", "over_grid"},
+    {
+        "checkpoints",
+        "history",
+        "workers",
+        "text_sample",
+        "plots",
+        "runs",
+        "messages",
+        "grid",
+        "over_grid",
+        "hosting",
+    },
     {
         "client_app",
+        "resident",
         "server_app",
         "pages",
         "results",
@@ -40,9 +68,11 @@ LAYERS = [
         "rate_plots",
         "domain_plots",
         "trajectories",
+        "geometry",
+        "geometry_plots",
     },
-    {"report", "compare", "cells", "sweep", "track"},
-    {"flower", "cli"},
+    {"report", "compare", "cells", "domain_sweep", "sweep", "track"},
+    {"flower", "deployment", "deploy_cli", "cli"},
 ]
 """Modules import from their own layer and from those before; a newcomer is added to one of them."""
 
@@ -51,6 +81,9 @@ APART = LAYERS[1]
 
 FLOWER = {
     "fedsim/compat.py",
+    "fedsim/frames.py",
+    "fedsim/resident.py",
+    "fedsim/hosting.py",
     "fedsim/grid.py",
     "fedsim/messages.py",
     "fedsim/over_grid.py",
@@ -140,6 +173,32 @@ def test_nothing_draws_from_a_global_generator(file: Path) -> None:
     if str(file) == "strategies/foreign.py":
         return  # seeds and restores Python's generator around Flower's code
     assert "random" not in IMPORTS[file], "use fedsim.random"
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_nothing_is_unpickled_or_evaluated(file: Path) -> None:
+    assert IMPORTS[file].isdisjoint({
+        "pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "shelve",
+        "marshal",
+        "joblib",
+    })
+    called = [
+        n.func for n in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))) if isinstance(n, ast.Call)
+    ]
+    assert {ast.unparse(f) for f in called}.isdisjoint({
+        "eval",
+        "exec",
+        "compile",
+        "torch.load",
+        "torch.save",
+    })
+    for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert ast.unparse(node.value) == "False"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -869,6 +869,59 @@ def test_several_workers_of_a_node_take_turns() -> None:
     assert found[-1].clock.local_steps == 24
 
 
+class Far(InProcessGrid):
+    """Nodes that answer one message at a time, not in the order in which they got them, and note who is on the way."""
+
+    def __init__(self, experiment: Experiment, nodes: int) -> None:
+        super().__init__(client_app.app, nodes, experiment.to_mapping())
+        self.most: dict[int, int] = {}
+        self.first: dict[int, int] = {}
+        self.before: dict[int, int] = {}
+
+    def pull_messages(self, message_ids: Any) -> Iterator[Message]:
+        waiting = [(i, self._pushed[i].metadata.dst_node_id) for i in message_ids if i in self._pushed]
+        for node in sorted({node for _, node in waiting}):
+            mine = [i for i, other in waiting if other == node]
+            workers = [int(self._pushed[i].content["about"].get("worker", -1)) for i in mine]  # type: ignore[arg-type]
+            assert len(set(workers)) == len(workers)  # a worker's messages come one after the other
+            for i in mine:
+                about = self._pushed[i].content["about"]
+                if "worker" in about:
+                    worker, period = int(about["worker"]), int(about["round"])  # type: ignore[arg-type]
+                    if i == mine[-1]:
+                        assert period == self.before.get(worker, 0) + 1
+                        self.before[worker] = period
+            self.first.setdefault(node, len(mine))
+            self.most[node] = max(self.most.get(node, 0), len(mine))
+            yield from super().pull_messages(mine[-1:])
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_several_messages_are_on_the_way_to_a_node(in_flight: int) -> None:
+    experiment = parabolas(**ALONE, schedule="FreeRunning()", rounds=3)
+    grid = Far(experiment, 1)
+    carrier = OverGrid(grid, experiment, load(experiment), greet(grid, 1))
+    carrier.live.in_flight = in_flight
+    grid.most.clear()
+    grid.first.clear()
+    found = snapshots(experiment, carrier)
+    # the first begins the node's run, and is alone
+    assert (grid.first, grid.most) == ({2: 1}, {2: in_flight})
+    assert not any(s.failures for s in found)
+    assert not any(s.metrics.get("lost") for s in found)
+    came = torch.cat([s.told.worker for s in found]).tolist()
+    assert len(came) == 12
+    assert all(grid.before[w] >= came.count(w) for w in set(came))
+    assert found[-1].clock.local_steps == 24
+
+
+def test_simulated_nodes_get_one_message_at_a_time() -> None:
+    experiment = parabolas(**ALONE, schedule="FreeRunning()", rounds=3)
+    carrier = over_messages(experiment)
+    assert isinstance(carrier, OverGrid)
+    assert carrier.live.in_flight == 1
+
+
 # ----------------------------------------------------------------------------------- pictures' toys
 
 
@@ -1008,14 +1061,3 @@ def test_following_the_easiest_worker_hurts() -> None:
     )
     assert own < 0.4
     assert own + 0.1 < fair < mean
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_notebook_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebooks'")
-    nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebooks'")
-    monkeypatch.setenv("FEDSIM_SHORT", "1")
-    folder = Path(__file__).parents[1] / "notebooks"
-    notebook = nbformat.read(folder / "leaders.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()

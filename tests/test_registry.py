@@ -39,6 +39,7 @@ def test_an_expression_makes_the_component(kind: str, text: str, expected: objec
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k, named in REGISTRY.items() for n in named])
 def test_what_a_component_prints_makes_it_again(kind: str, name: str) -> None:
     needed = {"Hub": "('ylecun/mnist')", "Folder": "('here')", "ByQuantity": "(alpha=0.5)"}
+    needed["Geometry"] = "('here', other='there')"
     made = parse(kind, name + needed.get(name, "()"))
     assert type(made) is REGISTRY[kind][name]
     assert parse(kind, repr(made)) == made

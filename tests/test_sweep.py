@@ -13,13 +13,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 from typer.testing import CliRunner
 
 import fedsim
-from fedsim import cells, cli, runs, sweep
+from fedsim import cells, cli, compare, domain_sweep, runs, sweep
+from fedsim.analysis.generalisation import draw
+from fedsim.groups import group
+from fedsim.overlays import over_grid, overlays
+from fedsim.results import plus_minus
 
 TINY: dict[str, Any] = {
     "data": "Synthetic(rows=200, features=4, classes=3)", "model": "Linear()", "num-workers": 4, "rounds": 3, "objective": "SquaredError()",
@@ -184,3 +189,103 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     parent.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert alive == []
+
+
+# ------------------------------------------------------------------------------------- held-out domains
+
+DOMAINS = fedsim.Experiment.from_mapping({
+    "data": "RotatedDigits()", "partition": "Natural()", "model": "Linear()", "num-workers": 5, "rounds": 2,
+    "local-steps": 1, "dtype": "float64", "plan": "stacked", "device": "cpu", "strategy": "FedSGD()", "client": "SGD(lr=1.0)",
+})  # fmt: skip
+
+
+def test_optimisers_are_swept_over_drawn_settings_and_both_ends_are_shown(tmp_path: Path) -> None:
+    search = domain_sweep.read_search("sgd,adam", 2, 0.05)
+    assert search is not None
+    grid = {"data": ["RotatedDigits(held_out=0.0)", "RotatedDigits(held_out=75.0)"]}
+    base = domain_sweep.prepare(DOMAINS, grid, search)
+    assert base.probes == "Environments(every=2)"
+    planned = sweep.plan(base, grid, 1, tmp_path / "sweep", search)
+    assert [c.optimiser for c in planned] == ["sgd", "sgd", "adam", "adam"] * 2
+    wanted = [one.settings for name in search.optimisers for one in draw(name, 2)] * 2
+    for cell, settings in zip(planned, wanted, strict=True):
+        assert cell.experiment == cell.experiment.replace(settings)
+    *ended, lost = planned
+    for cell in ended:
+        fedsim.runs.run(cell.experiment, draw=False)
+    error = "round 1: parameters or losses of all 5 workers are not finite"
+    outcomes = {cell.path: cells.Outcome("", [], 1.0) for cell in ended} | {
+        lost.path: cells.Outcome(error, [], 1.0)
+    }
+    assert (sweep.failures(outcomes, search), sweep.failures(outcomes, None)) == (0, 1)
+
+    rows = sweep.write(base, grid, 1, tmp_path / "sweep", outcomes, search)
+    assert [row[0].text for row in rows.body[:3]] == [
+        "0 degrees, all, sgd",
+        "0 degrees, all, adam",
+        "0 degrees, kept, sgd",
+    ]
+    full = pd.read_csv(tmp_path / "sweep" / "boxes.csv").set_index(["held_out", "subset", "label", "figure"])
+    ids = [runs.load(cell.path).history["id_accuracy"].iloc[-1] for cell in planned[:2]]
+    row = full.loc[("0 degrees", "all", "sgd", "id")]
+    assert (row["runs"], row["low"], row["high"]) == (2, min(ids), max(ids))
+    assert full.loc[("75 degrees", "all", "adam", "ood"), "low"] <= 0.1  # the one that diverged is at chance
+    table = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
+    assert table["optimiser"].tolist() == [c.optimiser for c in planned]
+    page = (tmp_path / "sweep" / "sweep.html").read_text(encoding="utf-8")
+    for name in ("scatter", "bins", "boxes", "budgets"):
+        assert f'id="figure-domains-{name}' in page
+    for words in (
+        "1 of 8 runs diverged", "held out: 75 degrees", "oracle", "--optimisers sgd,adam --draws 2 --keep 0.05",
+        "rank correlation of ID and OOD, kept",
+    ):  # fmt: skip
+        assert words in page
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--optimisers", "sgd,adamw"],
+            "must be different ones of sgd, momentum, nesterov, rmsprop, adam, or all",
+        ),
+        (["--optimisers", "sgd,sgd"], "must be different ones of"),
+        (["--optimisers", "all", "--draws", "0"], "--draws 0: must be >= 1"),
+        (["--optimisers", "all", "--keep", "1.5"], "--keep 1.5: must be in [0, 1]"),
+        (["--optimisers", "sgd", "--grid", "strategy=FedSGD()"], "--grid strategy: is set by --optimisers"),
+        (
+            ["--optimisers", "sgd", "--draws", "1", "-o", "data=Digits()", "-o", "partition=IID()"],
+            "--optimisers needs a held-out domain",
+        ),
+    ],
+)
+def test_bad_searches_are_refused_in_one_line(words: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "e.toml").write_text(DOMAINS.to_toml())
+    line = ["sweep", str(tmp_path / "e.toml"), *words, "--out", str(tmp_path / "sweep")]
+    result = CliRunner().invoke(cli.app, line)
+    assert isinstance(result.exception, fedsim.BadInput)
+    assert says in str(result.exception)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_tables_of_runs_that_hold_out_a_domain_name_it_and_call_an_oracle_so(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        fedsim.runs.run(DOMAINS.replace({"seed": seed, "out": str(tmp_path / f"run{seed}")}), draw=False)
+    brief = compare.write([tmp_path / "run0", tmp_path / "run1"], tmp_path / "compare.html")
+    assert list(brief.header[3:]) == [
+        "accuracy in training domains, final",
+        "accuracy in training domains, best",
+        "held-out accuracy, final",
+        "held-out accuracy, best (oracle)",
+    ]
+    best = [max(runs.load(tmp_path / f"run{seed}").history["id_accuracy"]) for seed in (0, 1)]
+    assert brief.body[0][4].text == plus_minus(float(np.mean(best)), float(np.std(best, ddof=1)))
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "Held out: 0 degrees." in page
+    assert "test accuracy" not in page  # it is the accuracy in the held-out domain
+    groups = group([runs.load(tmp_path / f"run{seed}") for seed in (0, 1)])
+    drawn = {d.name: d.figure.axes[0].get_title() for d in overlays(groups)}
+    assert drawn["ood_accuracy-round"] == drawn["id_accuracy-round"] == "held out: 0 degrees"
+    chart = over_grid([{"client": "a"}, {"client": "b"}], [0.1, 0.2], "ood_accuracy", "0 degrees")
+    assert chart is not None
+    assert chart.figure.axes[0].get_title() == "held out: 0 degrees"

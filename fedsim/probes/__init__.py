@@ -5,8 +5,10 @@ from fedsim.probes.bias import Bias
 from fedsim.probes.direction import Direction
 from fedsim.probes.disagreement import Disagreement
 from fedsim.probes.environments import Environments
+from fedsim.probes.geometry import Geometry
 from fedsim.probes.leaders import Leaders
 from fedsim.probes.normalised_margin import NormalisedMargin
+from fedsim.probes.privacy import PrivacyLoss
 from fedsim.probes.sharpness import Sharpness
 from fedsim.probes.workers import Drift, WorkerLoss
 
@@ -17,9 +19,11 @@ __all__ = [
     "Disagreement",
     "Drift",
     "Environments",
+    "Geometry",
     "Leaders",
     "Memory",
     "NormalisedMargin",
+    "PrivacyLoss",
     "Probe",
     "Sharpness",
     "Snapshot",
