@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -521,6 +522,8 @@ class Loop:
 
     def __init__(self, module: nn.Module, objective: Objective, rule: LocalRule, dtype: torch.dtype) -> None:
         self.module, self.objective, self.rule, self.dtype = module, objective, rule, dtype
+        # A subclass of SGD may make another step.
+        self.plain = type(rule) is SGD and not (rule.momentum or rule.weight_decay)
 
     def run(self, work: Work) -> Done:
         """Make all steps of each worker."""
@@ -530,17 +533,26 @@ class Loop:
         if work.batches.valid is not None:  # read step by step, on the host
             work = work._replace(batches=work.batches._replace(valid=work.batches.valid.cpu()))
         threads = min(m, torch.get_num_threads()) if work.x.device.type == "cpu" else 1
+        rounded, mine = _rounded(work), threading.local()  # rounding is not inherited by threads
+
+        def begin() -> None:
+            mine.module = copy.deepcopy(self.module)  # its parameters are exchanged: one module a thread
+
+        def one(i: int) -> Done:
+            with torch.autocast(work.x.device.type, torch.bfloat16, enabled=rounded, cache_enabled=False):
+                return self._one(mine.module, work, u, i)
+
         if threads == 1:
-            done = self._some(work, u, range(m), _rounded(work))
+            begin()
+            ordered = [one(i) for i in range(m)]
         else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                parts = [range(i, m, threads) for i in range(threads)]
-                rounded = _rounded(work)  # which threads do not inherit
-                done = [
-                    d for part in pool.map(lambda p: self._some(work, u, p, rounded), parts) for d in part
-                ]
-        results = dict(done)
-        ordered = [results[i] for i in range(m)]
+
+            def begin_alone() -> None:
+                torch.set_num_threads(1)
+                begin()
+
+            with ThreadPoolExecutor(threads, initializer=begin_alone) as pool:
+                ordered = list(pool.map(one, range(m)))
         return Done(
             tree.stack([d.rows for d in ordered]),
             tree.unflatten_nested(tree.stack([tree.flatten_nested(d.state) for d in ordered])),
@@ -550,23 +562,16 @@ class Loop:
             torch.stack([d.idle for d in ordered if d.idle is not None]),
         )
 
-    def _some(self, work: Work, u: Tensor, positions: range, rounded: bool) -> list[tuple[int, Done]]:
-        module = copy.deepcopy(self.module)  # its parameters are exchanged: one module a thread
-        kind = work.worker.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=rounded, cache_enabled=False):
-            return [(i, self._one(module, work, u, i)) for i in positions]
-
     def _one(self, module: nn.Module, work: Work, u: Tensor, i: int) -> Done:
+        if self.plain and work.follow is None:
+            return self._descend(module, work, i)
         batches = work.batches
         theta, state = tree.take(work.anchor, i), tree.map_nested(lambda x: x[i], work.state)
         anchor = theta
         own = {k: parameter.requires_grad_() for k, parameter in module.named_parameters()}
         every: list[Told] = []
-        for t, step in enumerate(torch.arange(int(batches.steps[i]), device=u.device)):
-            index = batches.rows[i, min(t, batches.rows.shape[1] - 1)]
-            if batches.valid is not None:
-                index = index[: int(batches.valid[i, min(t, batches.rows.shape[1] - 1)])]
-            x, y = work.features(index, work.worker[i], step), work.y[index]
+        for step, x, y in _minibatches(work, i):
+            t = len(every)
 
             def mean(
                 at: Tree, of: Objective, part: Part = "all", x: Tensor = x, y: Tensor = y
@@ -596,6 +601,37 @@ class Loop:
         losses[: len(every)] = torch.stack([told.loss for told in every])
         gradients = torch.stack([told.gradients for told in every]).double()
         return Done(theta, state, losses.sum(), gradients.sum(), losses, (gradients == 0).double().sum())
+
+    def _descend(self, module: nn.Module, work: Work, i: int) -> Done:
+        """Make plain gradient steps in place, to the last bit those of the rule."""
+        assert isinstance(self.rule, SGD)
+        own = {k: parameter.requires_grad_() for k, parameter in module.named_parameters()}
+        theta, leaves = {k: work.anchor[k][i].clone() for k in own}, list(own.values())
+        for k, parameter in own.items():
+            parameter.data = theta[k]
+        every: list[Tensor] = []
+        for _, x, y in _minibatches(work, i):
+            with torch.enable_grad():
+                loss = self.objective.loss(module(x), y).mean()
+                found = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            for value, gradient in zip(theta.values(), found, strict=True):
+                value.add_(-self.rule.lr * gradient)  # rounded as the rule itself rounds
+            every.append(loss.detach())
+        losses = torch.zeros(len(work.batches.active), dtype=torch.float64, device=work.x.device)
+        losses[: len(every)] = torch.stack(every)
+        gradients = losses.new_tensor(len(every))
+        return Done(theta, {}, losses.sum(), gradients, losses, losses.new_zeros(()))
+
+
+def _minibatches(work: Work, i: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield number, features and targets of each step of one worker."""
+    batches = work.batches
+    last = batches.rows.shape[1] - 1
+    for t, step in enumerate(torch.arange(int(batches.steps[i]), device=work.worker.device)):
+        index = batches.rows[i, min(t, last)]
+        if batches.valid is not None:
+            index = index[: int(batches.valid[i, min(t, last)])]
+        yield step, work.features(index, work.worker[i], step), work.y[index]
 
 
 PLANS: dict[str, Callable[[nn.Module, Objective, LocalRule, torch.dtype], Plan]] = {
