@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +49,9 @@ def without_direction(oracle: Oracle) -> Oracle:
 
 
 def _normal(oracle: Oracle, like: Tree) -> Tree:
-    """Draw a standard normal number for each entry, by the method of Box and Muller."""
+    """Draw a standard normal number for each entry."""
     # The step's own uniform number is its key; the step is mixed in, as few bits of a float32 number differ.
     stream = (oracle.u.double() * 2.0**53).long() + oracle.step
     slot = torch.arange(tree.num_parameters(like), device=oracle.u.device)
-    radius = torch.sqrt(-2 * torch.log1p(-random.uniform(stream, slot, torch.zeros_like(slot))))
-    angle = 2 * math.pi * random.uniform(stream, slot, torch.ones_like(slot))
-    normal = tree.unflatten(radius * torch.cos(angle), {k: like[k] for k in sorted(like)})
+    normal = tree.unflatten(random.normal(stream, slot), {k: like[k] for k in sorted(like)})
     return {k: normal[k].to(x.dtype) for k, x in like.items()}  # plans may list parameters in another order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from fedsim.tree import Stack
 class Attack:
     """Who attacks, and how: frozen dataclasses with these verbs. The base class poisons nothing and sends what was trained.
 
+    A subclass that has a verb of its own says so: ``poisons`` for `poison`, ``corrupts`` for `corrupt`.
+
     Parameters
     ----------
     share : float
@@ -25,6 +28,9 @@ class Attack:
     ValueError
         If ``share`` is outside [0, 1].
     """
+
+    poisons: ClassVar[bool] = False
+    corrupts: ClassVar[bool] = False
 
     share: float = 0.2
 
@@ -46,9 +52,10 @@ class Attack:
         Tensor
             ``[W]`` bool, the same in every round.
         """
-        order = random.bits(random.key(seed, "attackers"), torch.arange(num_workers)).argsort()
-        chosen = torch.zeros(num_workers, dtype=torch.bool)
-        chosen[order[: round(self.share * num_workers)]] = True
+        chosen, number = torch.zeros(num_workers, dtype=torch.bool), round(self.share * num_workers)
+        if number:
+            order = random.bits(random.key(seed, "attackers"), torch.arange(num_workers)).argsort()
+            chosen[order[:number]] = True
         return chosen
 
     def poison(self, labels: Tensor, num_classes: int) -> Tensor:
@@ -108,6 +115,8 @@ class LabelFlip(Attack):
     learning, arXiv:1911.11815.
     """
 
+    poisons: ClassVar[bool] = True
+
     def poison(self, labels: Tensor, num_classes: int) -> Tensor:
         """Flip."""
         return num_classes - 1 - labels
@@ -131,6 +140,8 @@ class ScaledUpdate(Attack):
     ----------
     Bagdasaryan, Veit, Hua, Estrin, Shmatikov (2018), How to backdoor federated learning, arXiv:1807.00459.
     """
+
+    corrupts: ClassVar[bool] = True
 
     scale: float = -4.0
 
@@ -159,6 +170,8 @@ class GaussianUpdate(Attack):
     Blanchard, El Mhamdi, Guerraoui, Stainer (2017), Machine learning with adversaries: Byzantine tolerant gradient
     descent, arXiv:1703.02757.
     """
+
+    corrupts: ClassVar[bool] = True
 
     std: float = 1.0
 

@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 from clients import LocalRule, LossNormalised, Projection, State
 from fedsim import random, threads, tree
-from fedsim.attacks import Attack
 from fedsim.batches import Sampler, Sampling
 from fedsim.captured import Captured
 from fedsim.experiment import BadInput, Experiment
@@ -249,7 +248,7 @@ class Cohort:
     ) -> Stack:
         """Replace the rows of attackers by what they send."""
         bad = torch.nonzero(self.attackers[workers]).flatten().to(self.device)
-        if not len(bad) or type(self.attack).corrupt is Attack.corrupt:
+        if not self.attack.corrupts or not len(bad):
             return rows
         before = tree.take(tree.tree_map(restore, anchor), bad)
         sent = self.attack.corrupt(

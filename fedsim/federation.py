@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fedsim.attacks import Attack
 from fedsim.data import Dataset, Shards, hold_out
 from fedsim.experiment import BadInput, Experiment
 from fedsim.landscapes import StartsApart
@@ -182,7 +181,7 @@ def assemble(experiment: Experiment, dataset: Dataset, shards: Shards, first: in
 def _poison(experiment: Experiment, dataset: Dataset, train: Shards, first: int) -> Dataset:
     """Give attackers the labels on which they train."""
     attack, e = experiment.parts.attack, experiment
-    if type(attack).poison is Attack.poison:
+    if not attack.poisons:
         return dataset
     if dataset.task not in ("classes", "binary"):
         raise ValueError(f"needs classes, the task of {dataset.name} is {dataset.task!r}")

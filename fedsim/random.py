@@ -89,8 +89,9 @@ def uniform(stream: int | Tensor, *coordinates: Tensor) -> Tensor:
 
 
 def normal(stream: int | Tensor, *coordinates: Tensor) -> Tensor:
-    """Draw standard normal float64 numbers, one for each combination of coordinates (see `bits`)."""
-    return torch.special.ndtri(uniform(stream, *coordinates) + 2.0**-54)  # never 0
+    """Draw standard normal float64 numbers by the method of Box and Muller, one for each combination of coordinates."""
+    first, second = (uniform(stream, *coordinates, torch.full_like(coordinates[-1], i)) for i in (0, 1))
+    return torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * torch.pi * second)
 
 
 def integers(stream: int, high: Tensor, *coordinates: Tensor) -> Tensor:

@@ -405,6 +405,16 @@ def test_nobody_answers_for_another_node_or_twice() -> None:
     assert all(same(a.model, b.model) for a, b in zip(seen, run(experiment, client_app.app), strict=True))
 
 
+def test_nobody_answers_for_another_node_or_twice_without_rounds() -> None:
+    alone = {"strategy": "ElasticAveraging()", "schedule": "FreeRunning()", "batch-size": 4}
+    experiment = tiny(**alone)
+    expected = run(experiment, client_app.app)
+    grid = Impostor(client_app.app, 3, experiment.to_mapping())
+    seen = [s for s, _ in rounds(experiment, carrier=carrier(experiment, grid))]
+    assert [s.failures for s in seen] == [{}] * len(expected)
+    assert all(same(a.model, b.model) for a, b in zip(seen, expected, strict=True))
+
+
 def test_long_updates_are_left_out_whatever_they_say() -> None:
     def stretch(content: RecordDict) -> None:
         on_rows(lambda rows: tree.scale(1e3, rows))(content)

@@ -25,8 +25,8 @@ class PrivacyLoss(Probe):
     Neighbours differ in all data of one worker, which is replaced by another one, so that the sum of clipped updates changes
     by ``2 clip`` at most: `DPFedAvg` with noise multiplier ``noise`` counts as a Gaussian mechanism of ``noise / 2``,
     amplified by drawing ``m`` of ``W`` workers without replacement. Rounds are composed by the Renyi accountant of dp-accounting.
-    It holds if the noise is secret (``seed=None``), if the history of the run is not given away, as losses and
-    norms are not private, and if the server is trusted.
+    It holds if the noise is secret (``seed=None``), if no worker is left out of a round, as the mean is over those that are
+    not, if the history of the run is not given away, as losses and norms are not private, and if the server is trusted.
 
     Parameters
     ----------
