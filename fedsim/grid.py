@@ -241,6 +241,24 @@ def _copy(content: RecordDict) -> RecordDict:
     return copies
 
 
+def is_from(reply: Message, node_id: int) -> bool:
+    """Whether a reply is a node's own, or the SuperLink's word that the node is lost; nobody else answers for it.
+
+    Parameters
+    ----------
+    reply
+        What came.
+    node_id
+        The node that was asked.
+
+    Returns
+    -------
+    bool
+        Whether it counts as that node's.
+    """
+    return reply.metadata.src_node_id in {node_id, SUPERLINK_NODE_ID}
+
+
 def exchange(
     grid: Grid, messages: Iterable[Message], timeout: float | None = None
 ) -> Iterator[tuple[int, Message]]:
@@ -278,11 +296,9 @@ def exchange(
     pending = dict(zip(accepted, addressed, strict=True))
     while pending:
         for reply in grid.pull_messages(list(pending)):
-            about = reply.metadata
-            asked = pending.get(about.reply_to_message_id)
-            # Nobody answers twice, or for another node; the SuperLink does for those that are lost.
-            if asked is not None and about.src_node_id in {asked, SUPERLINK_NODE_ID}:
-                del pending[about.reply_to_message_id]
+            asked = pending.get(reply.metadata.reply_to_message_id)
+            if asked is not None and is_from(reply, asked):
+                del pending[reply.metadata.reply_to_message_id]
                 yield asked, reply
             if deadline is not None and time.monotonic() >= deadline:
                 return

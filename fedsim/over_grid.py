@@ -21,7 +21,7 @@ from fedsim.cohort import Evaluated, Trained, Upload
 from fedsim.compat import ErrorCode, error_name, is_simulation
 from fedsim.experiment import Experiment
 from fedsim.federation import Federation
-from fedsim.grid import POLL_SECONDS, InProcessGrid, exchange
+from fedsim.grid import POLL_SECONDS, InProcessGrid, exchange, is_from
 from fedsim.messages import (
     HELD,
     HELLO,
@@ -358,9 +358,11 @@ class OverGrid:
         """
         online = {*self.grid.get_node_ids()}
         for reply in self.grid.pull_messages(list(self.newcomers)) if self.newcomers else ():
-            node_id = self.newcomers.pop(reply.metadata.reply_to_message_id, ABSENT)
-            if node_id == reply.metadata.src_node_id != ABSENT and not reply.has_error():
-                self._seat(node_id, reply.content, online)
+            name = reply.metadata.reply_to_message_id
+            if name in self.newcomers and is_from(reply, self.newcomers[name]):
+                node_id = self.newcomers.pop(name)
+                if not reply.has_error():
+                    self._seat(node_id, reply.content, online)
         known = {*self.newcomers.values(), *self.refused, *(node.node_id for node in self.nodes)}
         fresh = sorted(online - known)
         if fresh and any(node.node_id not in online for node in self.nodes):
@@ -429,7 +431,10 @@ class _Live:
         deadline = time.monotonic() + self.timeout
         while not self.came:
             for reply in self.grid.pull_messages(list(self.sent)):
-                node, worker = self.sent.pop(reply.metadata.reply_to_message_id)
+                name = reply.metadata.reply_to_message_id
+                if name not in self.sent or not is_from(reply, self.sent[name][0].node_id):
+                    continue  # nobody answers twice, or for another node
+                node, worker = self.sent.pop(name)
                 self.came.append((node, worker, reply))
                 self.answered.add(node)
                 while self.queued.get(node) and self._free(node):
