@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from fedsim import tree
 from fedsim.experiment import BadInput, Experiment
 from fedsim.probes import Clock
 from fedsim.simulate import Position, RunFailed
+from fedsim.stored import pack, read_tree, unpack
 from fedsim.tree import Tree
 
 FREE = {"rounds", "out", "device", "plan", "nodes", "min-nodes", "round-timeout", "engine", "eval-every"}
@@ -97,7 +96,7 @@ def write_checkpoint(path: Path, experiment: Experiment, checkpoint: Checkpoint)
         "experiment": experiment.to_mapping(),
         "plan": checkpoint.plan,
     }
-    content = _pack(tree.flatten_nested(nested), {k: json.dumps(v) for k, v in about.items()})
+    content = pack(tree.flatten_nested(nested), {k: json.dumps(v) for k, v in about.items()})
     with writing(path):
         replace_file(_file(path), content)
 
@@ -127,7 +126,7 @@ def read_checkpoint(path: Path, experiment: Experiment, device: torch.device) ->
     if not _file(path).exists():
         return None
     try:
-        flat, about = _unpack(_file(path), device)
+        flat, about = unpack(_file(path), device)
         number, theirs = json.loads(about["round"]), json.loads(about["experiment"])
         clock, plan = Clock(**json.loads(about["clock"])), json.loads(about["plan"])
         nested = tree.unflatten_nested(flat)
@@ -148,7 +147,7 @@ def read_checkpoint(path: Path, experiment: Experiment, device: torch.device) ->
 def write_model(path: Path, model: Tree) -> None:
     """Write ``model.safetensors`` into a run directory."""
     with writing(path):
-        replace_file(path / "model.safetensors", _pack(model, {}))
+        replace_file(path / "model.safetensors", pack(model, {}))
 
 
 def read_model(path: Path) -> Tree:
@@ -173,9 +172,9 @@ def read_model(path: Path) -> Tree:
     if not file.exists():
         return {}
     try:
-        return _unpack(file, torch.device("cpu"))[0]
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise BadInput(f"{file}: is damaged ({error})") from None
+        return read_tree(file)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 class Made(NamedTuple):
@@ -187,7 +186,7 @@ class Made(NamedTuple):
 
 def write_kept(file: Path, made: Made, kept: Tree) -> None:
     """Replace the file of what a node's workers keep between rounds."""
-    replace_file(file, _pack(kept, {k: json.dumps(v) for k, v in made._asdict().items()}))
+    replace_file(file, pack(kept, {k: json.dumps(v) for k, v in made._asdict().items()}))
 
 
 def read_made(file: Path) -> Made | None:
@@ -203,7 +202,7 @@ def read_made(file: Path) -> Made | None:
 
 def read_kept(file: Path) -> Tree:
     """Read what `write_kept` wrote, on the CPU."""
-    return _unpack(file, torch.device("cpu"))[0]
+    return unpack(file, torch.device("cpu"))[0]
 
 
 def _file(path: Path) -> Path:
@@ -219,24 +218,3 @@ def _check_same(file: Path, experiment: Experiment, theirs: Mapping[str, Any]) -
     listed = [f"{k}: {theirs.get(k)!r} there, {ours[k]!r} here" for k in differing if k not in FREE]
     if listed:
         raise BadInput(f"{file}: is a checkpoint of another experiment: {'; '.join(listed)}")
-
-
-def _pack(flat: Tree, about: dict[str, str]) -> bytes:
-    """Write tensors in safetensors' format, with their order and which names mean the same tensor."""
-    first: dict[tuple[Any, ...], str] = {}
-    names: dict[str, str] = {}
-    stored: Tree = {}
-    for name, x in flat.items():
-        where = (x.data_ptr(), x.dtype, x.shape, x.stride()) if x.numel() else (name,)
-        names[name] = first.setdefault(where, name)
-        if names[name] == name:
-            stored[name] = x.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return save(stored, about | {"names": json.dumps(names)})
-
-
-def _unpack(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(file, framework="pt") as opened:
-        about = opened.metadata() or {}
-        stored = {k: opened.get_tensor(k).to(device) for k in opened.keys()}  # noqa: SIM118
-    names = json.loads(about["names"])
-    return {name: stored[first] for name, first in names.items()}, about

@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,9 +205,8 @@ def watch(cohort: Cohort) -> Watching:
 
 def _decay(rule: Any) -> float:
     """Return the weight decay of a rule or of one that it wraps."""
-    names = {f.name for f in fields(rule)} if is_dataclass(rule) else set()
-    own = float(getattr(rule, "weight_decay")) if "weight_decay" in names else 0.0  # noqa: B009 - not all have one
-    return own or (_decay(getattr(rule, "inner")) if "inner" in names else 0.0)  # noqa: B009
+    own = float(getattr(rule, "weight_decay", 0.0))
+    return own or (_decay(rule.inner) if hasattr(rule, "inner") else 0.0)
 
 
 @dataclass(frozen=True)

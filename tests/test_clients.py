@@ -34,6 +34,7 @@ from clients import (
     told,
 )
 from fedsim import tree
+from fedsim.registry import parse
 from fedsim.tree import Stack, Tree
 
 TABLE: list[LocalRule] = [
@@ -141,7 +142,7 @@ def assert_close(a: Any, b: Any, tolerance: float = 1e-12) -> None:
 @every_rule
 def test_is_a_local_rule_that_its_repr_makes_again(rule: LocalRule) -> None:
     assert isinstance(rule, LocalRule)
-    assert eval(repr(rule)) == rule
+    assert parse("client", repr(rule)) == rule
 
 
 @every_model

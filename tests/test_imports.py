@@ -26,6 +26,7 @@ LAYERS = [
         "keys",
         "source",
         "frames",
+        "stored",
         "reach",
     },
     {

@@ -25,6 +25,7 @@ from fedsim.data import (
     hold_out,
 )
 from fedsim.data.partitions import _cut, _dirichlet, _top_up
+from fedsim.registry import parse
 
 W = 23
 EXACT = [
@@ -333,8 +334,7 @@ def test_bad_shards() -> None:
 
 @pytest.mark.parametrize("partition", [*EXACT, FlowerDatasets()], ids=repr)
 def test_repr_is_the_expression_that_makes_it(partition: Partition) -> None:
-    names = {kind.__name__: kind for kind in map(type, [*EXACT, FlowerDatasets()])}
-    assert eval(repr(partition), {"inf": math.inf, **names}) == partition
+    assert parse("partition", repr(partition)) == partition
     with pytest.raises(dataclasses.FrozenInstanceError):
         partition.alpha = 1  # type: ignore[attr-defined]
 

@@ -15,10 +15,12 @@ from toys import A, B, blobs, quadratics, registered
 from fedsim import tree
 from fedsim.carriers import Answers, InProcess
 from fedsim.cohort import Upload
+from fedsim.errors import BadInput
 from fedsim.experiment import Experiment
 from fedsim.federation import Federation, load
 from fedsim.network import Network, num_bytes
 from fedsim.probes import Clock, Snapshot
+from fedsim.registry import parse
 from fedsim.schedule import participants
 from fedsim.simulate import Position, RunFailed, rounds
 from fedsim.tree import Tree
@@ -309,8 +311,8 @@ def test_runs_wait_for_slow_links(settings: dict) -> None:
 
 @pytest.mark.parametrize("bad", ["step=-1.0", "latency=-0.1", "bandwidth=0.0", "sigma=-1.0"])
 def test_networks_refuse_negative_costs(bad: str) -> None:
-    with pytest.raises(ValueError, match=rf"Network: {bad.split('=')[0]} = "):
-        eval(f"Network({bad})", {"Network": Network})
+    with pytest.raises(BadInput, match=rf"Network: {bad.split('=')[0]} = "):
+        parse("network", f"Network({bad})")
 
 
 def test_probes_in_closed_form() -> None:

@@ -6,7 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-import torch
+from safetensors.numpy import load_file
 
 from benchmarks.problem import Problem, Trained
 from fedsim.flower import run_flower
@@ -20,7 +20,7 @@ def train(file: Path, rounds: int, device: str) -> Trained:
     problem = Problem.load(file)
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="fedsim-flower-") as folder:
-        result = Path(folder) / "model.pt"
+        result = Path(folder) / "model.safetensors"
         outcome = run_flower(
             APP,
             {
@@ -39,7 +39,7 @@ def train(file: Path, rounds: int, device: str) -> Trained:
         )
         if not outcome.completed:
             raise RuntimeError(f"Flower: {outcome.status}: {outcome.details}\n" + "\n".join(lines[-20:]))
-        model = {k: v.numpy() for k, v in torch.load(result, weights_only=True).items()}
+        model = load_file(result)
     found = [match for line in lines if (match := ROUND.search(line))]
     ends = [float(match[2]) for match in found if int(match[1]) > 0]
     return Trained(ends, model)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedsim import tree
 from fedsim.probes.base import Memory, Probe, Snapshot
+from fedsim.stored import read_tree
 
 if TYPE_CHECKING:
     from fedsim.experiment import Experiment
@@ -67,25 +66,7 @@ class Geometry(Probe):
         return True
 
     def begin(self, experiment: Experiment, federation: Federation) -> Memory:
-        """Read the end points.
-
-        Parameters
-        ----------
-        experiment : Experiment
-            The run.
-        federation : Federation
-            Its data and model.
-
-        Returns
-        -------
-        dict of str to Tree
-            The end points, the model and the number of rounds.
-
-        Raises
-        ------
-        ValueError
-            If a model cannot be read or has other parameters.
-        """
+        """Read the end points, and refuse those of another model."""
         theta = federation.theta
         return {
             "reference": _read("reference", self.reference, theta),
@@ -139,11 +120,9 @@ def _read(name: str, path: str, theta: Tree) -> Tree:
     if not file.exists():
         raise ValueError(f"Geometry: {name} = {path!r} must be a finished run: there is no {file}")
     try:
-        with safe_open(file, framework="pt") as opened:
-            names = json.loads((opened.metadata() or {})["names"])
-            found = {k: opened.get_tensor(first) for k, first in names.items()}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"Geometry: {name} = {path!r}: {file} is damaged ({error})") from None
+        found = read_tree(file)
+    except ValueError as error:
+        raise ValueError(f"Geometry: {name} = {path!r}: {error}") from None
     shapes = [{k: tuple(x.shape) for k, x in model.items()} for model in (found, theta)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"Geometry: {name} = {path!r} has other parameters than this run's model")

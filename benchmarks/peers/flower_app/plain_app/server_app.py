@@ -2,10 +2,10 @@
 
 import time
 
-import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import save_file
 
 from plain_app.task import initial_parameters
 
@@ -36,4 +36,4 @@ def main(grid: Grid, context: Context) -> None:
         num_rounds=int(config["num-server-rounds"]),
         evaluate_fn=clock,
     )
-    torch.save(result.arrays.to_torch_state_dict(), str(config["result"]))
+    save_file(result.arrays.to_torch_state_dict(), str(config["result"]))
