@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from fedsim.analysis.direction import Loss, Weights, node_weights
 from fedsim.data import Dataset, Shards
 from fedsim.experiment import Experiment
 from fedsim.federation import Federation, assemble
+from fedsim.probes import Snapshot
 from fedsim.registry import register
 from fedsim.simulate import rounds as run_rounds
 from strategies import AnchoredAverage, FedAvg
+
+LINEAR = "Linear(bias=False, zero_init=True)"
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def linear(
     **more,
 ) -> Experiment:
     """Describe full-batch training of a linear model without bias from 0, in float64."""
-    settings = {"model": "Linear(bias=False, zero_init=True)", "objective": "Logistic()", "dtype": "float64"}
+    settings = {"model": LINEAR, "objective": "Logistic()", "dtype": "float64"}
     settings |= {"batch_size": 0, "eval_every": 0, "device": "cpu"} | more
     return Experiment.from_mapping(
         settings
@@ -111,3 +115,8 @@ def engine(
     if start is not None:
         federation = federation._replace(theta=tree.unflatten(torch.from_numpy(start), federation.theta))
     return models(experiment, federation)
+
+
+def told(snapshot: Snapshot) -> dict[str, Any]:
+    """Return what a round has measured, of any type."""
+    return dict(snapshot.metrics)

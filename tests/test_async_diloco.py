@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_pseudo_sync import column, here, over_messages, path, snapshots
-from toys import quadratics, registered
+from pseudo_sync_toys import column, over_messages, path
+from toys import here, quadratics, registered, snapshots
 
 from fedsim import tree
 from fedsim.carriers import InProcess

@@ -1,4 +1,4 @@
-"""Problems and rules of our own for the tests of the engine: small, in float64, with closed forms."""
+"""Problems and rules of our own for the tests of the engine: small, in float64, with closed forms; and their runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from torch import Tensor, nn
 import fedsim
 from clients import Oracle, State, Told, told
 from fedsim import tree
+from fedsim.carriers import Carrier, InProcess
 from fedsim.data import Dataset, Shards
 from fedsim.experiment import Experiment
+from fedsim.federation import load
+from fedsim.probes import Snapshot
 from fedsim.registry import REGISTRY
+from fedsim.simulate import rounds
 from fedsim.tree import Stack, Tree
 from strategies import Broadcast, Report, Rule
 
@@ -175,3 +179,13 @@ def blobs(**settings: object) -> Experiment:
         "num_workers": 5, "rounds": 4, "local_steps": 3, "batch_size": 3, "device": "cpu", "dtype": "float64",
     }  # fmt: skip
     return Experiment.from_mapping(base | settings)
+
+
+def here(experiment: Experiment) -> Carrier:
+    """Train in this process."""
+    return InProcess(experiment, load(experiment))
+
+
+def snapshots(experiment: Experiment, carrier: Carrier | None = None) -> list[Snapshot]:
+    """Run to the end and return every round."""
+    return [snapshot for snapshot, _ in rounds(experiment, carrier=carrier)]
