@@ -35,10 +35,13 @@ def train(file: Path, rounds: int, device: str) -> Trained:
             candidates["lean loop in threads"] = Threads(one, torch.get_num_threads()).all
         candidates["grouped convolutions"] = Grouped(problem, x, y).all
     else:
-        chain = Chain(problem, x, y).all
+        chain = Chain(problem, x, y, problem.participants).all
         candidates["batched products"] = chain
         if device == "cpu" and torch.get_num_threads() > 1:
             candidates["batched products, one thread"] = in_one_thread(chain)
+            candidates["batched products in threads"] = ChainThreads(
+                problem, x, y, torch.get_num_threads()
+            ).all
     rounds_of = Rounds(problem, device)
     name = rounds_of.fastest(candidates, theta)
     ends = []
@@ -113,13 +116,12 @@ class Rounds:
 class Chain:
     """Affine maps with ReLU between them, for softmax regression and the multilayer perceptron."""
 
-    def __init__(self, problem: Problem, x: Tensor, y: Tensor) -> None:
+    def __init__(self, problem: Problem, x: Tensor, y: Tensor, workers: int) -> None:
         self.problem = problem
         self.x = x.flatten(1)
         self.target = F.one_hot(y).to(x.dtype)
         # A block a leaf: on slices of a flat vector a worker, torch loops over the workers of a product.
-        k = problem.participants
-        self.leaves = [torch.empty(k, *v.shape, device=x.device) for v in problem.theta.values()]
+        self.leaves = [torch.empty(workers, *v.shape, device=x.device) for v in problem.theta.values()]
         self.layers = list(zip(self.leaves[0::2], self.leaves[1::2], strict=True))
 
     def all(self, theta: Tensor, rows: Tensor, share: Tensor) -> Tensor:
@@ -148,6 +150,24 @@ class Chain:
             weight.baddbmm_(delta.mT, h, alpha=rate)
             bias.add_(delta.sum(1), alpha=rate)
             delta = torch.ops.aten.threshold_backward(below, h, 0) if i else below
+
+
+class ChainThreads:
+    """`Chain` in threads with one core and some of the workers each."""
+
+    def __init__(self, problem: Problem, x: Tensor, y: Tensor, threads: int) -> None:
+        parts = np.array_split(np.arange(problem.participants), threads)
+        self.places = [slice(part[0], part[-1] + 1) for part in parts if len(part)]
+        self.chains = [Chain(problem, x, y, at.stop - at.start) for at in self.places]
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def all(self, theta: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+        """Make the local steps of all workers."""
+        jobs = [
+            self.pool.submit(chain.all, theta, rows[at], share[at])
+            for chain, at in zip(self.chains, self.places, strict=True)
+        ]
+        return torch.stack([job.result() for job in jobs]).sum(0)
 
 
 class LeanLoop:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -19,12 +20,13 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from clients import SGD, LocalRule, Oracle, State, Told
 from clients.base import Part
-from fedsim import random, tree
+from fedsim import random, threads, tree
 from fedsim.batches import Batches
 from fedsim.invariance import part_weights, slope_of
 from fedsim.objectives import Objective
@@ -188,7 +190,7 @@ class _Batched(ABC):
     """
 
     def __init__(self, rule: LocalRule, dtype: torch.dtype) -> None:
-        self.rule = rule
+        self.rule, self.dtype = rule, dtype
         self.feed = _Feed(dtype)
 
     @abstractmethod
@@ -196,17 +198,21 @@ class _Batched(ABC):
         """Make one step of the first a workers; returns rows, state and what they told, ``[a]``."""
 
     def run(self, work: Work) -> Done:
+        """Make all steps of all workers."""
+        return self.steps(work, self.feed)
+
+    def steps(self, work: Work, feed: _Feed) -> Done:
         """Make all steps; workers that have finished are cut off and stay as they are."""
         m, total = len(work.worker), len(work.batches.active)
         theta, state = tree.clone(work.anchor), work.state
         times = torch.arange(total, device=work.worker.device)
-        u = random.uniform(work.stream, times[:, None], work.worker).to(self.feed.dtype)
+        u = random.uniform(work.stream, times[:, None], work.worker).to(self.dtype)
         loss = torch.zeros(m, dtype=torch.float64, device=work.worker.device)
         gradients, idle, losses = torch.zeros_like(loss), torch.zeros_like(loss), _recorder(work)
         even = work.batches.active[-1] == m
         if not even:
             state = tree.map_nested(torch.clone, state)
-        for t, (a, batch) in enumerate(self.feed.steps(work)):
+        for t, (a, batch) in enumerate(feed.steps(work)):
             part, kept, inputs = theta, state, work
             if a < m:
                 part = tree.take(theta, slice(a))
@@ -235,6 +241,85 @@ class _Batched(ABC):
             losses,
             idle,
         )
+
+
+class _Crew:
+    """Threads that each make all steps of their own workers, instead of meeting after every operation.
+
+    Parameters
+    ----------
+    parts : int
+        How many.
+    each : int
+        Threads of torch that each of them uses.
+    dtype : torch.dtype
+        Of parameters and features.
+    """
+
+    def __init__(self, parts: int, each: int, dtype: torch.dtype) -> None:
+        self.size = parts, each
+        self.feeds = [_Feed(dtype) for _ in range(parts)]
+        # Not a pool a round: a new thread gets new memory from the system for all that it allocates.
+        self.pool = ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(each,))
+        self._cut: tuple[Tensor, list[slice], list[Tensor]] | None = None
+
+    def run(self, work: Work, steps: Callable[[Work, _Feed], Done]) -> Done:
+        """Make the steps of all workers, about as many in each thread."""
+        places, rows = self._places(work.batches)
+        works = [_part(work, at, own) for at, own in zip(places, rows, strict=True)]
+        done = list(self.pool.map(steps, works, self.feeds))
+        return Done(
+            tree.concat([d.rows for d in done]),
+            tree.unflatten_nested(tree.concat([tree.flatten_nested(d.state) for d in done])),
+            torch.cat([d.loss for d in done]),
+            torch.cat([d.gradients for d in done]),
+            _joined([d.losses for d in done], len(work.batches.active)),
+            _joined([d.idle for d in done]),
+        )
+
+    def _places(self, batches: Batches) -> tuple[list[slice], list[Tensor]]:
+        """Cut the workers; where full batches stay the same, their parts stay the same too."""
+        if self._cut is None or self._cut[0] is not batches.rows:
+            total, parts = batches.steps.cumsum(0), len(self.feeds)
+            ends = [
+                int(torch.searchsorted(total, total[-1] * i / parts, right=True)) for i in range(1, parts)
+            ]
+            edges = sorted({0, *ends, len(total)})
+            places = [slice(a, b) for a, b in itertools.pairwise(edges)]
+            self._cut = (batches.rows, places, [batches.rows[at] for at in places])
+        return self._cut[1:]
+
+
+def _part(work: Work, at: slice, rows: Tensor) -> Work:
+    """Return the work of some of the workers."""
+    b, follow = work.batches, work.follow
+    active = [min(a, at.stop) - at.start for a in b.active if a > at.start]
+    steps = b.steps[at]
+    valid = None if b.valid is None else b.valid[at, : len(active)]
+
+    def shifted(t: int, rows: Stack, own: slice, in_place: bool) -> Stack:
+        assert follow is not None
+        return follow(t, rows, slice(at.start, at.start + own.stop), in_place)
+
+    return work._replace(
+        anchor=tree.take(work.anchor, at),
+        state=tree.map_nested(lambda x: x[at], work.state),
+        batches=b._replace(order=b.order[at], steps=steps, active=active, rows=rows, valid=valid),
+        worker=work.worker[at],
+        follow=None if follow is None else shifted,
+    )
+
+
+def _joined(found: list[Tensor | None], width: int = 0) -> Tensor | None:
+    """Join what all parts have, or none has; tables of losses get zeros for steps that a part does not make."""
+    known = [F.pad(x, (0, width - x.shape[-1])) if width else x for x in found if x is not None]
+    return torch.cat(known) if known else None
+
+
+def _flops(work: Work) -> float:
+    """Estimate the floating-point operations of a step of all workers, forward and backward."""
+    samples = work.batches.rows[:, 0].numel() * work.y[0].numel()
+    return 6.0 * samples * sum(x[0].numel() for x in work.anchor.values())
 
 
 def _overwrite(old: Stack, new: Stack) -> None:
@@ -298,14 +383,27 @@ class Stacked(_Batched):
         # A subclass of SGD may make another step.
         self.plain = self.chain is not None and type(rule) is SGD and not (rule.momentum or rule.weight_decay)
         self.span = None if self.chain is None else Span(self.chain, objective, rule)
+        self.crew: _Crew | None = None
 
     def run(self, work: Work) -> Done:
         """Make all steps, in place where the rule is plain gradient descent on a chain."""
         done = self._in_span(work)
         if done is not None:
             return done
+        flops = _flops(work)
+        parts = min(threads.shares(flops), len(work.worker))
+        if parts == 1 or work.x.device.type != "cpu" or _rounded(work):
+            return self.steps(work, self.feed)
+        each = min(torch.get_num_threads() // parts, threads.shares(flops / parts))
+        if self.crew is None or self.crew.size != (parts, each):
+            self.crew = _Crew(parts, each, self.dtype)
+        return self.crew.run(work, self.steps)
+
+    def steps(self, work: Work, feed: _Feed) -> Done:
+        """Make all steps."""
         # In-place products take no rounded factors.
-        return self._descend(work) if self.plain and not _rounded(work) else super().run(work)
+        plain = self.plain and not _rounded(work)
+        return self._descend(work, feed) if plain else super().steps(work, feed)
 
     def _in_span(self, work: Work) -> Done | None:
         """Make all steps on the same rows, if they can be made within their span."""
@@ -320,12 +418,12 @@ class Stacked(_Batched):
         rows, loss = self.span.descend(work.anchor, batch.x, batch.y, batch.weight, total)
         return Done(rows, work.state, loss, work.batches.steps.to(loss))
 
-    def _descend(self, work: Work) -> Done:
+    def _descend(self, work: Work, feed: _Feed) -> Done:
         assert self.chain is not None
         assert isinstance(self.rule, SGD)
         m = len(work.worker)
         theta, losses = tree.clone(work.anchor), []
-        for t, (a, batch) in enumerate(self.feed.steps(work)):
+        for t, (a, batch) in enumerate(feed.steps(work)):
             part = theta if a == m else tree.take(theta, slice(a))
             output, inputs = self.chain.forward(part, batch.x)
             loss, delta = self.objective.loss_and_residual(output, batch.y)
@@ -346,16 +444,16 @@ class Stacked(_Batched):
         objective = of or self.objective
         if self.chain is not None:
             output, inputs = self.chain.forward(rows, batch.x)
-            loss, delta = objective.loss_and_residual(output.to(self.feed.dtype), batch.y)
+            loss, delta = objective.loss_and_residual(output.to(self.dtype), batch.y)
             if batch.weight is None:
                 loss, delta = loss.mean(1), delta.div_(loss.shape[1])
             else:
                 loss, delta = (loss * batch.weight).sum(1), delta.mul_(_over(batch.weight, delta))
             gradient = self.chain.gradient(rows, inputs, delta)
-            return tree.tree_map(lambda x: x.to(self.feed.dtype), gradient), loss
+            return tree.tree_map(lambda x: x.to(self.dtype), gradient), loss
         with torch.enable_grad():
             leaves = {k: x.detach().requires_grad_() for k, x in rows.items()}
-            output = self.apply(leaves, batch.x).to(self.feed.dtype)
+            output = self.apply(leaves, batch.x).to(self.dtype)
             loss = weighted_loss(objective, output, batch.y, batch.weight)
             gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         return dict(zip(rows, gradients, strict=True)), loss.detach()
@@ -369,7 +467,7 @@ class Stacked(_Batched):
         def slope(at: Tree, part: Part, u: Tensor) -> tuple[Tree, Tensor]:
             weight, size = batch.weight, batch.y.shape[:2]
             if part != "all":
-                even = torch.full(size, 1 / size[1], dtype=self.feed.dtype, device=batch.y.device)
+                even = torch.full(size, 1 / size[1], dtype=self.dtype, device=batch.y.device)
                 weight = part_weights(even if weight is None else weight, part)
             here, of = batch._replace(weight=weight), slope_of(self.objective)
             *leaves, value = _AllWorkers.apply(
@@ -492,7 +590,7 @@ class Vmap(_Batched):
         weight = batch.weight
         if weight is None:
             size = batch.x.shape[1]
-            weight = torch.full((len(u), size), 1 / size, dtype=self.feed.dtype, device=u.device)
+            weight = torch.full((len(u), size), 1 / size, dtype=self.dtype, device=u.device)
         worker = work.worker[: len(u)]
         return self.batched(theta, state, work.anchor, work.broadcast, u, t, batch.x, batch.y, weight, worker)
 

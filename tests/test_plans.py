@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 import fedsim
 from clients import SGD, AdamW, Clipped, LocalRule, Oracle, Prox, State, Told, WarmupCosine, told
-from fedsim import random, tree
+from fedsim import random, threads, tree
 from fedsim.batches import Sampler, Sampling
 from fedsim.cohort import Cohort
 from fedsim.data import Dataset, Shards
@@ -251,6 +251,13 @@ def _assert_equal(found: Tree, expected: Tree, tolerance: float = 1e-10) -> None
         )
 
 
+@pytest.fixture
+def crew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let three threads share the workers of any work, however small it is."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(threads, "SHARE", 1.0)
+
+
 @pytest.mark.parametrize("plan", ["stacked", "vmap"])
 @pytest.mark.parametrize("name", list(TABLE))
 def test_plans_are_equal(name: str, plan: str) -> None:
@@ -283,12 +290,52 @@ def test_the_compiled_plan_is_equal(name: str) -> None:
     _assert_equal(_leaves(PLANS["compiled"](module, objective, rule, F64).run(work)), _leaves(expected))
 
 
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in NOT_STACKED])
+def test_threads_that_share_the_workers_change_nothing(
+    name: str, record: bool, request: pytest.FixtureRequest
+) -> None:
+    spec, objective, rule, how, shape, outputs, task = TABLE[name]
+    module, work = _work(spec, rule, how, shape, outputs, task)
+    times = torch.arange(W, dtype=F64)
+
+    def follow(t: int, rows: Stack, at: slice, in_place: bool) -> Stack:
+        new = {k: x * (1 - 0.01 * t * times[at].view(-1, *(1,) * (x.ndim - 1))) for k, x in rows.items()}
+        return tree.tree_map(Tensor.copy_, rows, new) if in_place else new
+
+    work = work._replace(record=record, follow=follow if record else None)
+    whole = Stacked(module, objective, rule, F64)
+    expected = whole.run(work)
+    request.getfixturevalue("crew")
+    engine = Stacked(module, objective, rule, F64)
+    for _ in range(2):
+        done = engine.run(work)
+        _assert_equal(_leaves(done), _leaves(expected), 1e-12)
+        for found, known in ((done.losses, expected.losses), (done.idle, expected.idle)):
+            assert (found is None) == (known is None)
+            torch.testing.assert_close(found, known, rtol=1e-12, atol=1e-12)
+    assert (engine.crew is None) == (
+        how is MANY and not record
+    )  # steps within the span of the rows are one call
+    assert whole.crew is None
+
+
+def test_threads_that_share_the_workers_take_new_rows_in_each_round(crew: None) -> None:
+    spec, objective, rule, how, shape, outputs, task = TABLE["autograd, full batch"]
+    module, work = _work(spec, rule, how, shape, outputs, task)
+    engine = Stacked(module, objective, rule, F64)
+    engine.run(work)
+    other = work._replace(batches=work.batches._replace(rows=work.batches.rows.flip(-1).contiguous()))
+    expected = PLANS["loop"](module, objective, rule, F64).run(other)
+    _assert_equal(_leaves(engine.run(other)), _leaves(expected))
+
+
 def test_threads_of_the_loop_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, objective, rule, how, shape, outputs, task = TABLE["adamw"]
     module, work = _work(spec, rule, how, shape, outputs, task)
     found = []
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+    for n in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
         found.append(_leaves(PLANS["loop"](module, objective, rule, F64).run(work)))
     _assert_equal(found[1], found[0], 0)
 
@@ -314,12 +361,17 @@ def test_the_loop_is_what_it_says() -> None:
 
 @pytest.mark.parametrize("how", [FULL, MANY, STEPS, DRAWN], ids=["full", "many full", "shuffled", "drawn"])
 @pytest.mark.parametrize("rule", [SGD(0.1), AdamW(0.1)], ids=str)
-def test_plans_are_equal_for_workers_with_unequal_steps(rule: LocalRule, how: Sampling) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["", "crew"])
+def test_plans_are_equal_for_workers_with_unequal_steps(
+    shared: bool, rule: LocalRule, how: Sampling, request: pytest.FixtureRequest
+) -> None:
     module, work = _work(Linear(), rule, how, (12,), 1, "binary")
     shards = Shards(torch.arange(len(work.x)), torch.tensor([0, *SIZES]).cumsum(0))
     batches = Sampler(shards, how, CPU).draw(1, torch.arange(W), torch.tensor([2, 8, 1, 8]))
     work = work._replace(batches=batches, worker=batches.order)
     expected = _leaves(PLANS["loop"](module, Logistic(), rule, F64).run(work))
+    if shared:
+        request.getfixturevalue("crew")
     for plan in ("stacked", "vmap"):
         _assert_equal(_leaves(PLANS[plan](module, Logistic(), rule, F64).run(work)), expected)
 

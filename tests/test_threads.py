@@ -14,7 +14,9 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("flops", "expected"), [(0.0, 1), (threads.TINY, 2), (float("inf"), 2)])
+@pytest.mark.parametrize(
+    ("flops", "expected"), [(0.0, 1), (1.9 * threads.SHARE, 1), (2 * threads.SHARE, 2), (float("inf"), 2)]
+)
 def test_tiny_work_gets_one_thread(two_threads, flops, expected):
     with threads.enough_for(flops):
         assert torch.get_num_threads() == expected
