@@ -164,7 +164,8 @@ def conditions(results: dict[str, Any]) -> str:
         "Steady state: without the first fifth of the rounds and the last. Start-up is from the start of the "
         "process to the end of the first round. No implementation evaluates between rounds unless it says so; "
         "fedsim writes its history and checkpoints. Waiting OpenMP threads sleep for fedsim and the limit "
-        "(GOMP_SPINCOUNT=0, as fedsim sets it); the others run with their own defaults. (!) marks a test loss "
+        "(GOMP_SPINCOUNT=0, as fedsim sets it); the others run with their own defaults. On C fedsim lays pictures "
+        "out with their channels last, the others as they are. (!) marks a test loss "
         f"that differs from fedsim's after as many rounds by more than {SIMILAR:.0%}."
     )
 

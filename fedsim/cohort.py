@@ -23,7 +23,7 @@ from fedsim.federation import DTYPES, Federation
 from fedsim.plans import PLANS, Cut, Done, Follow, Plan, Stacked, Work
 from fedsim.precision import products
 from fedsim.scores import Scorer
-from fedsim.stacked import Unsupported, is_chain
+from fedsim.stacked import Unsupported, is_chain, laid_out
 from fedsim.step_sizes import settle
 from fedsim.tree import Stack, Tree
 from strategies import Broadcast, Report
@@ -247,8 +247,10 @@ class Cohort:
         self, round: int, workers: Tensor, anchor: Stack, restore: Callable[[Tensor], Tensor], rows: Stack
     ) -> Stack:
         """Replace the rows of attackers by what they send."""
+        if not self.attack.corrupts:
+            return rows
         bad = torch.nonzero(self.attackers[workers]).flatten().to(self.device)
-        if not self.attack.corrupts or not len(bad):
+        if not len(bad):
             return rows
         before = tree.take(tree.tree_map(restore, anchor), bad)
         sent = self.attack.corrupt(
@@ -486,7 +488,7 @@ def evaluate(federation: Federation, model: Tree, rows: Tensor | None = None) ->
     d, f = federation.dataset, federation
     x, y = (d.test_x, d.test_y) if rows is None else (d.x, d.y)
     n = len(x) if rows is None else len(rows)
-    losses, hits = [], []
+    losses, hits, model = [], [], laid_out(f.module, model)
     with torch.no_grad():
         for start in range(0, n, EVALUATION_ROWS):
             part = slice(start, start + EVALUATION_ROWS)

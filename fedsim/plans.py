@@ -1,7 +1,7 @@
 """Plans: ways to run the same local steps of many workers, interchangeable and tested equal.
 
 * `Stacked`: layers with a worker axis (`fedsim.stacked`); for chains of affine maps and activations the
-  backward pass is written out, and plain gradient descent updates in place;
+  backward pass is written out, and plain gradient descent updates in place; on a CPU threads share the workers;
 * `Vmap`: ``torch.func`` on the module as it is; takes any functional model;
 * `Compiled`: `Vmap` through ``torch.compile``;
 * `fedsim.captured.Captured`: `Stacked` or `Vmap` as one CUDA graph a round;
@@ -31,7 +31,7 @@ from fedsim.batches import Batches
 from fedsim.invariance import part_weights, slope_of
 from fedsim.objectives import Objective
 from fedsim.span import Span
-from fedsim.stacked import Chain, Unsupported, stack_module, weighted_loss
+from fedsim.stacked import Chain, Unsupported, laid_out, stack_module, weighted_loss
 from fedsim.tree import Stack, Tree
 
 BLOCK = 4 * 2**20
@@ -70,6 +70,8 @@ class Work(NamedTuple):
         Whether the loss of every single step is asked for.
     cut : callable or None
         ``(rows, worker, step) -> features``, where steps do not take the features as they are (see `fedsim.data.Cuts`).
+    place : Stack or None
+        Memory in which the rows are wanted at the end.
     """
 
     anchor: Stack
@@ -83,6 +85,41 @@ class Work(NamedTuple):
     follow: Follow | None = None
     record: bool = False
     cut: Cut | None = None
+    place: Stack | None = None
+
+    def begin(self) -> Stack:
+        """Copy the rows at the start, to their place if they have one, for steps without autograd.
+
+        Autograd takes what another thread does to its part of the memory for a change of this one's.
+
+        Returns
+        -------
+        Stack
+            The copy.
+        """
+        if self.place is None:
+            return tree.clone(self.anchor)
+        return {k: self.place[k].copy_(x) for k, x in self.anchor.items()}
+
+    def end(self, rows: Stack) -> Stack:
+        """Return the rows at the end, in one piece and in their place if they have one.
+
+        Parameters
+        ----------
+        rows : Stack
+            The rows at the end.
+
+        Returns
+        -------
+        Stack
+            Equal rows.
+        """
+        if (
+            self.place is None
+        ):  # gradients of autograd may be transposed, and so would be what was made of them
+            return tree.tree_map(Tensor.contiguous, rows)
+        _overwrite(self.place, rows)
+        return self.place
 
     def features(self, index: Tensor, worker: Tensor, step: Tensor) -> Tensor:
         """Gather the features of minibatches ``[*, B]`` that workers use in steps; both broadcast to ``*``."""
@@ -153,12 +190,14 @@ class _Feed:
         block = max(1, BLOCK // max(1, size))
         for first in range(0, len(batches.active), block):
             a = batches.active[first]
-            index = rows[first : first + block, :a].contiguous()
+            index = rows[first : min(first + block, len(batches.active)), :a].contiguous()
             steps = torch.arange(first, first + len(index), device=index.device)
             x, y = work.features(index, work.worker[:a], steps[:, None]), _gather(work.y, index)
-            for t in range(first, min(first + block, len(batches.active))):
-                a, i = batches.active[t], t - first
-                yield a, Batch(x[i, :a], y[i, :a], None if weight is None else weight[t, :a])
+            for t, own_x, own_y in zip(itertools.count(first), x.unbind(), y.unbind()):
+                a = batches.active[t]
+                if a < len(own_x):
+                    own_x, own_y = own_x[:a], own_y[:a]
+                yield a, Batch(own_x, own_y, None if weight is None else weight[t, :a])
 
     def _same(self, work: Work, rows: Tensor) -> Iterator[tuple[int, Batch]]:
         """Yield one minibatch for all steps."""
@@ -231,11 +270,9 @@ class _Batched(ABC):
             else:
                 _overwrite(part, new)
                 _overwrite(tree.flatten_nested(kept), tree.flatten_nested(new_state))
-        # Gradients of autograd may be transposed, and so would be what was made of them.
-        contiguous = torch.Tensor.contiguous
         return Done(
-            tree.map_nested(contiguous, theta),
-            tree.map_nested(contiguous, state),
+            work.end(theta),
+            tree.map_nested(Tensor.contiguous, state),
             loss,
             gradients,
             losses,
@@ -259,17 +296,18 @@ class _Crew:
     def __init__(self, parts: int, each: int, dtype: torch.dtype) -> None:
         self.size = parts, each
         self.feeds = [_Feed(dtype) for _ in range(parts)]
-        # Not a pool a round: a new thread gets new memory from the system for all that it allocates.
-        self.pool = ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(each,))
+        self.pool = _pool(parts, each)
         self._cut: tuple[Tensor, list[slice], list[Tensor]] | None = None
 
     def run(self, work: Work, steps: Callable[[Work, _Feed], Done]) -> Done:
         """Make the steps of all workers, about as many in each thread."""
         places, rows = self._places(work.batches)
+        whole = {k: torch.empty(x.shape, dtype=x.dtype) for k, x in work.anchor.items()}
+        work = work._replace(place=whole)
         works = [_part(work, at, own) for at, own in zip(places, rows, strict=True)]
         done = list(self.pool.map(steps, works, self.feeds))
         return Done(
-            tree.concat([d.rows for d in done]),
+            whole,
             tree.unflatten_nested(tree.concat([tree.flatten_nested(d.state) for d in done])),
             torch.cat([d.loss for d in done]),
             torch.cat([d.gradients for d in done]),
@@ -290,6 +328,11 @@ class _Crew:
         return self._cut[1:]
 
 
+def _pool(size: int, each: int) -> ThreadPoolExecutor:
+    """Start threads that use so many of torch's own; for all rounds, as new ones get all their memory from the system."""
+    return ThreadPoolExecutor(size, initializer=torch.set_num_threads, initargs=(each,))
+
+
 def _part(work: Work, at: slice, rows: Tensor) -> Work:
     """Return the work of some of the workers."""
     b, follow = work.batches, work.follow
@@ -303,6 +346,7 @@ def _part(work: Work, at: slice, rows: Tensor) -> Work:
 
     return work._replace(
         anchor=tree.take(work.anchor, at),
+        place=None if work.place is None else tree.take(work.place, at),
         state=tree.map_nested(lambda x: x[at], work.state),
         batches=b._replace(order=b.order[at], steps=steps, active=active, rows=rows, valid=valid),
         worker=work.worker[at],
@@ -342,11 +386,11 @@ def _summed(losses: list[Tensor], work: Work, mean: bool) -> tuple[Tensor, Tenso
     """Add up the samples' losses ``[a, B]`` of all steps, ``[m]``, at once; also return those of each step if asked for."""
     joined = torch.cat(losses)
     steps = (joined.mean(1) if mean else joined.sum(1)).double()
-    every = torch.zeros(len(losses), len(work.worker), dtype=torch.float64, device=steps.device)
-    even = len(losses[-1]) == len(work.worker)
-    if even:
-        every = steps.view_as(every)
+    shape = len(losses), len(work.worker)
+    if len(losses[-1]) == len(work.worker):
+        every = steps.view(shape)
     else:
+        every = torch.zeros(shape, dtype=torch.float64, device=steps.device)
         for row, one in zip(every, steps.split([len(loss) for loss in losses]), strict=True):
             row[: len(one)] = one
     return every.sum(0), every.T if work.record else None
@@ -422,7 +466,7 @@ class Stacked(_Batched):
         assert self.chain is not None
         assert isinstance(self.rule, SGD)
         m = len(work.worker)
-        theta, losses = tree.clone(work.anchor), []
+        theta, losses = work.begin(), []
         for t, (a, batch) in enumerate(feed.steps(work)):
             part = theta if a == m else tree.take(theta, slice(a))
             output, inputs = self.chain.forward(part, batch.x)
@@ -622,6 +666,8 @@ class Loop:
         self.module, self.objective, self.rule, self.dtype = module, objective, rule, dtype
         # A subclass of SGD may make another step.
         self.plain = type(rule) is SGD and not (rule.momentum or rule.weight_decay)
+        self._own = threading.local()
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def run(self, work: Work) -> Done:
         """Make all steps of each worker."""
@@ -631,29 +677,24 @@ class Loop:
         if work.batches.valid is not None:  # read step by step, on the host
             work = work._replace(batches=work.batches._replace(valid=work.batches.valid.cpu()))
         threads = min(m, torch.get_num_threads()) if work.x.device.type == "cpu" else 1
-        rounded, mine = _rounded(work), threading.local()  # rounding is not inherited by threads
-
-        def begin() -> None:
-            mine.module = copy.deepcopy(self.module)  # its parameters are exchanged: one module a thread
+        rounded = _rounded(work)  # not inherited by threads
 
         def one(i: int) -> Done:
+            if not hasattr(self._own, "module"):  # its parameters are exchanged: one module a thread
+                self._own.module = copy.deepcopy(self.module)
             with torch.autocast(work.x.device.type, torch.bfloat16, enabled=rounded, cache_enabled=False):
-                return self._one(mine.module, work, u, i)
+                return self._one(self._own.module, work, u, i)
 
         if threads == 1:
-            begin()
             ordered = [one(i) for i in range(m)]
         else:
-
-            def begin_alone() -> None:
-                torch.set_num_threads(1)
-                begin()
-
-            with ThreadPoolExecutor(threads, initializer=begin_alone) as pool:
-                ordered = list(pool.map(one, range(m)))
+            if self._pool is None or self._pool[0] != threads:
+                self._pool = threads, _pool(threads, each=1)
+            ordered = list(self._pool[1].map(one, range(m)))
+        rows, states = [d.rows for d in ordered], [tree.flatten_nested(d.state) for d in ordered]
         return Done(
-            tree.stack([d.rows for d in ordered]),
-            tree.unflatten_nested(tree.stack([tree.flatten_nested(d.state) for d in ordered])),
+            tree.tree_map(Tensor.contiguous, tree.stack(rows)),
+            tree.unflatten_nested(tree.tree_map(Tensor.contiguous, tree.stack(states))),
             torch.stack([d.loss for d in ordered]),
             torch.stack([d.gradients for d in ordered]),
             torch.stack([d.losses for d in ordered if d.losses is not None]) if work.record else None,
@@ -664,7 +705,10 @@ class Loop:
         if self.plain and work.follow is None:
             return self._descend(module, work, i)
         batches = work.batches
-        theta, state = tree.take(work.anchor, i), tree.map_nested(lambda x: x[i], work.state)
+        theta, state = (
+            laid_out(module, tree.take(work.anchor, i)),
+            tree.map_nested(lambda x: x[i], work.state),
+        )
         anchor = theta
         own = {k: parameter.requires_grad_() for k, parameter in module.named_parameters()}
         every: list[Told] = []
@@ -674,8 +718,8 @@ class Loop:
             def mean(
                 at: Tree, of: Objective, part: Part = "all", x: Tensor = x, y: Tensor = y
             ) -> tuple[Tree, Tensor]:
-                for k, parameter in own.items():
-                    parameter.data = at[k]
+                for k, leaf in laid_out(module, at).items():
+                    own[k].data = leaf
                 with torch.enable_grad():
                     loss = of.loss(module(x), y)
                     if part == "all":
@@ -704,7 +748,8 @@ class Loop:
         """Make plain gradient steps in place, to the last bit those of the rule."""
         assert isinstance(self.rule, SGD)
         own = {k: parameter.requires_grad_() for k, parameter in module.named_parameters()}
-        theta, leaves = {k: work.anchor[k][i].clone() for k in own}, list(own.values())
+        start = {k: work.anchor[k][i].clone() for k in own}
+        theta, leaves = laid_out(module, start), list(own.values())
         for k, parameter in own.items():
             parameter.data = theta[k]
         every: list[Tensor] = []

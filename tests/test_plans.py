@@ -23,7 +23,7 @@ from fedsim.layers import Residual
 from fedsim.models import MLP, Linear, ModelSpec, ResNet20, SmallCNN, Transformer, initialise
 from fedsim.objectives import CrossEntropy, Exponential, Logistic, Objective, SquaredError
 from fedsim.plans import PLANS, Done, Stacked, Work
-from fedsim.stacked import _LAYERS, Chain, Unsupported, stack_module, weighted_loss
+from fedsim.stacked import _LAYERS, Chain, Unsupported, laid_out, stack_module, weighted_loss
 from fedsim.tree import Stack, Tree
 
 F64 = torch.float64
@@ -623,3 +623,57 @@ def test_only_plain_gradient_descent_goes_in_place() -> None:
     assert plain == [True, False, False, False, False]
     half = Stacked(module, CrossEntropy(), SGD(0.15), F64).run(work)
     _assert_equal(_leaves(Stacked(module, CrossEntropy(), Slower(0.3), F64).run(work)), _leaves(half))
+
+
+# ------------------------------------------------------------------------------- channels last
+
+
+class Viewed(nn.Module):
+    """A head that asks for a view, which features with their channels last do not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Flatten all but the first axis."""
+        return x.view(len(x), -1)
+
+
+def test_kernels_are_laid_out_with_their_channels_last_and_nothing_else_is() -> None:
+    module, theta = initialise(SmallCNN((2, 3)), (1, 4, 4), 2, 0, torch.float32)
+    assert isinstance(module, nn.Sequential)
+    found = laid_out(module, theta)
+    for name, x in theta.items():
+        assert torch.equal(found[name], x)
+        assert (found[name] is x) == (x.ndim != 4)
+    features = functional_call(
+        module[:3], {k: found[k] for k in ("0.weight", "0.bias")}, torch.ones(2, 1, 4, 4)
+    )
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    doubles = {k: x.double() for k, x in theta.items()}
+    assert all(laid_out(module, doubles)[k] is x for k, x in doubles.items())
+    perceptron, rows = initialise(MLP((4,)), (3,), 2, 0, torch.float32)
+    assert laid_out(perceptron, rows) is rows
+
+
+@pytest.mark.parametrize("rule", [SGD(0.2), AdamW(0.01)], ids=str)
+def test_a_layout_changes_no_result(rule: LocalRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, work = _work(SmallCNN((2, 3)), rule, EPOCHS, (1, 8, 8), 2, "classes")
+    single = {k: x.float() for k, x in work.anchor.items()}
+    state = vmap(rule.init)(single)
+    server = {"model": {k: x.float() for k, x in work.broadcast["model"].items()}}
+    work = work._replace(anchor=single, state=state, broadcast=server, x=work.x.float())
+    loop = PLANS["loop"](module.float(), CrossEntropy(), rule, torch.float32)
+    found = _leaves(loop.run(work))
+    assert all(x.is_contiguous() for x in found.values())
+    monkeypatch.setattr("fedsim.plans.laid_out", lambda module, theta: theta)
+    _assert_equal(found, _leaves(loop.run(work)), 1e-5)
+
+
+def test_layers_that_are_not_known_keep_their_order() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Viewed(), nn.Linear(32, 2))
+
+    module, work = _work(Built(make), SGD(0.1), STEPS, (1, 4, 4), 2, "classes")
+    single = {k: x.float() for k, x in work.anchor.items()}
+    work = work._replace(anchor=single, x=work.x.float())
+    assert laid_out(module, single) is single
+    done = PLANS["loop"](module.float(), CrossEntropy(), SGD(0.1), torch.float32).run(work)
+    assert bool(torch.isfinite(done.loss).all())
