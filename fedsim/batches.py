@@ -157,9 +157,8 @@ class Sampler:
             m, total, size = len(workers), len(layout.active), s.batch_size
             slot = torch.arange(total * size, device=self.device)
             position = random.integers(stream, layout.size[:, None], layout.worker[:, None], slot)
-            rows = self.owned.index_select(0, position.add_(layout.offset[:, None]).view(-1)).view(
-                m, total, size
-            )
+            where = position.add_(layout.offset[:, None]).view(-1)
+            rows = self.owned.index_select(0, where).view(m, total, size)
         else:
             shuffled = _shuffle(stream, layout.shuffles)
             rows = self.owned[shuffled[layout.shuffles.where] + layout.offset[:, None, None]]
@@ -179,7 +178,7 @@ class Sampler:
             # active[t] = number of workers with more than t steps
             active = np.searchsorted(-steps.numpy(), -np.arange(total), side="left").tolist()
         offset, device_size = first.to(self.device), size.to(self.device)
-        worker = (workers if len(active) and active[-1] == len(workers) else workers[order]).to(self.device)
+        worker = workers[order].to(self.device)
         base = _Layout(order, steps, active, worker, offset, device_size)
         if s.batch_size == 0:
             slot = torch.arange(int(size.max()), device=self.device)

@@ -114,9 +114,8 @@ class Work(NamedTuple):
         Stack
             Equal rows.
         """
-        if (
-            self.place is None
-        ):  # gradients of autograd may be transposed, and so would be what was made of them
+        if self.place is None:
+            # Gradients of autograd may be transposed, and so would be what was made of them.
             return tree.tree_map(Tensor.contiguous, rows)
         _overwrite(self.place, rows)
         return self.place
@@ -319,10 +318,8 @@ class _Crew:
         """Cut the workers; where full batches stay the same, their parts stay the same too."""
         if self._cut is None or self._cut[0] is not batches.rows:
             total, parts = batches.steps.cumsum(0), len(self.feeds)
-            ends = [
-                int(torch.searchsorted(total, total[-1] * i / parts, right=True)) for i in range(1, parts)
-            ]
-            edges = sorted({0, *ends, len(total)})
+            ends = torch.searchsorted(total, total[-1] * torch.arange(1, parts) / parts, right=True)
+            edges = sorted({0, *ends.tolist(), len(total)})
             places = [slice(a, b) for a, b in itertools.pairwise(edges)]
             self._cut = (batches.rows, places, [batches.rows[at] for at in places])
         return self._cut[1:]
@@ -337,7 +334,6 @@ def _part(work: Work, at: slice, rows: Tensor) -> Work:
     """Return the work of some of the workers."""
     b, follow = work.batches, work.follow
     active = [min(a, at.stop) - at.start for a in b.active if a > at.start]
-    steps = b.steps[at]
     valid = None if b.valid is None else b.valid[at, : len(active)]
 
     def shifted(t: int, rows: Stack, own: slice, in_place: bool) -> Stack:
@@ -348,7 +344,7 @@ def _part(work: Work, at: slice, rows: Tensor) -> Work:
         anchor=tree.take(work.anchor, at),
         place=None if work.place is None else tree.take(work.place, at),
         state=tree.map_nested(lambda x: x[at], work.state),
-        batches=b._replace(order=b.order[at], steps=steps, active=active, rows=rows, valid=valid),
+        batches=b._replace(order=b.order[at], steps=b.steps[at], active=active, rows=rows, valid=valid),
         worker=work.worker[at],
         follow=None if follow is None else shifted,
     )
@@ -705,11 +701,8 @@ class Loop:
         if self.plain and work.follow is None:
             return self._descend(module, work, i)
         batches = work.batches
-        theta, state = (
-            laid_out(module, tree.take(work.anchor, i)),
-            tree.map_nested(lambda x: x[i], work.state),
-        )
-        anchor = theta
+        anchor = theta = laid_out(module, tree.take(work.anchor, i))
+        state = tree.map_nested(lambda x: x[i], work.state)
         own = {k: parameter.requires_grad_() for k, parameter in module.named_parameters()}
         every: list[Told] = []
         for step, x, y in _minibatches(work, i):
