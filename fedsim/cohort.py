@@ -34,6 +34,12 @@ Upload = Literal["rows", "mean", "reports"]
 EVALUATION_ROWS = 8192
 """Rows evaluated at a time."""
 
+FEW_ROWS = 128
+"""The same on a CPU for models with features at every position of a row, so that these stay in the cache.
+
+A small CNN on 10,000 pictures takes 0.3 s, with 8,192 rows at a time 1.1 s.
+"""
+
 
 class Trained(NamedTuple):
     """What a cohort gives back after its local steps.
@@ -489,9 +495,13 @@ def evaluate(federation: Federation, model: Tree, rows: Tensor | None = None) ->
     x, y = (d.test_x, d.test_y) if rows is None else (d.x, d.y)
     n = len(x) if rows is None else len(rows)
     losses, hits, model = [], [], laid_out(f.module, model)
+    wide = d.task == "tokens" or any(
+        p.ndim > 2 for p in model.values()
+    )  # features at every position of a row
+    size = min(FEW_ROWS, EVALUATION_ROWS) if wide and d.x.device.type == "cpu" else EVALUATION_ROWS
     with torch.no_grad():
-        for start in range(0, n, EVALUATION_ROWS):
-            part = slice(start, start + EVALUATION_ROWS)
+        for start in range(0, n, size):
+            part = slice(start, start + size)
             at = part if rows is None else rows[part]
             output = functional_call(f.module, model, (x[at],))
             losses.append(f.objective.loss(output, y[at]).double())
