@@ -63,6 +63,8 @@ class Implementation:
         Whether it runs on one thread on A and B, whose operations are too small to gain from more.
     once : bool
         Whether it runs in the first repeat only.
+    often : bool
+        Whether it runs `OFTEN` times in a repeat on A and B, which take it a fraction of a second.
     """
 
     label: str
@@ -74,17 +76,20 @@ class Implementation:
     torch: bool = True
     single: bool = False
     once: bool = False
+    often: bool = False
 
+
+OFTEN = 3
 
 IMPLEMENTATIONS = {
-    "fedsim": Implementation("fedsim", "ours:train", "fedsim", sleeps=True),
+    "fedsim": Implementation("fedsim", "ours:train", "fedsim", sleeps=True, often=True),
     "fedsim-eval": Implementation(
         "fedsim, evaluated every round", "ours:train_and_evaluate", "fedsim", sleeps=True, once=True
     ),
     "fedsim-flwr": Implementation(
         "fedsim, Flower's FedAvg", "ours:train_with_flowers_strategy", "fedsim", sleeps=True, once=True
     ),
-    "hand": Implementation("batched by hand (limit)", "hand:train", "torch", sleeps=True),
+    "hand": Implementation("batched by hand (limit)", "hand:train", "torch", sleeps=True, often=True),
     "loop": Implementation("plain PyTorch loop", "loop:train", "torch", rounds=0.2, single=True),
     "fedjax": Implementation("FedJAX", "peers.fed_jax:train", "fedjax", rounds=0.2, peer=True, torch=False),
     "pfl": Implementation(
@@ -119,7 +124,8 @@ def main() -> None:
         prepared = {k: _prepare(k, w, Path(folder), given.rounds, results) for k, w in chosen.items()}
         for repeat in range(given.repeats):
             for k, (workload, federation, file) in prepared.items():
-                for name in names:
+                often = [n for n in names if IMPLEMENTATIONS[n].often and k in SMALL]
+                for name in names + (OFTEN - 1) * often:
                     if not versions[name] or (IMPLEMENTATIONS[name].once and repeat):
                         continue
                     rounds = _rounds(name, k, workload)

@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -160,7 +161,7 @@ def conditions(results: dict[str, Any]) -> str:
     return (
         f"{a['device']}, {a['threads']} threads on as many cores, torch {a['torch']}, Python {a['python']}, "
         f"{a['date']}. Medians of {a['repeats']} interleaved repeats, a process each; stock Flower and the evaluated "
-        "run once. The loop and pfl-research have one thread on A and B, where more make them slower. "
+        "run once, fedsim and the limit three times in each repeat of A and B. The loop and pfl-research have one thread on A and B, where more make them slower. "
         "Steady state: without the first fifth of the rounds and the last. Start-up is from the start of the "
         "process to the end of the first round. No implementation evaluates between rounds unless it says so; "
         "fedsim writes its history and checkpoints. Waiting OpenMP threads sleep for fedsim and the limit "
@@ -201,6 +202,7 @@ def speed_figure(results: dict[str, Any], path: Path) -> None:
             legend=False, ax=axes,
         )  # fmt: skip
         axes.set(xscale="log", xlabel="ms a round", ylabel="", title=k)
+        axes.xaxis.set_minor_formatter(NullFormatter())  # within one decade they would overlap
         for label, ms in here.items():
             axes.text(ms, labels.index(label), f" {number(ms)}", va="center")
         axes.margins(x=0.25)
